@@ -1,0 +1,98 @@
+"""Extensions of diffusers: samplers, editing, inversion, steering and training methods.
+
+Schedulers and models are imported together with the package, because diffusers can only load a saved component whose module
+is already imported. Everything else is looked up on first use, so that `import diffusers_ext` costs little more than
+`import diffusers`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import models, schedulers
+
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin, SchedulerMixin
+
+    from .guidance import FeatureEnergy, NormRescaler, SelfAttentionEnergy
+    from .inversion import InversionOutput
+    from .pipelines import GuideAndRescalePipeline, GuideAndRescalePipelineOutput
+
+
+__version__ = "0.1.0"
+
+# public name -> module it is read from. The two mixins are here because diffusers recognises a component by the base
+# classes that it finds in the namespace of the package that the component comes from.
+_LAZY = {
+    "FeatureEnergy": "diffusers_ext.guidance",
+    "GuideAndRescalePipeline": "diffusers_ext.pipelines",
+    "GuideAndRescalePipelineOutput": "diffusers_ext.pipelines",
+    "InversionOutput": "diffusers_ext.inversion",
+    "ModelMixin": "diffusers",
+    "NormRescaler": "diffusers_ext.guidance",
+    "SchedulerMixin": "diffusers",
+    "SelfAttentionEnergy": "diffusers_ext.guidance",
+}
+
+__all__ = [
+    "FeatureEnergy",
+    "GuideAndRescalePipeline",
+    "GuideAndRescalePipelineOutput",
+    "InversionOutput",
+    "ModelMixin",
+    "NormRescaler",
+    "SchedulerMixin",
+    "SelfAttentionEnergy",
+    "__version__",
+    "models",
+    "register",
+    "schedulers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def register() -> tuple[str, ...]:
+    """Makes the pipelines of this package visible to `DiffusionPipeline.from_pretrained`.
+
+    diffusers looks a saved pipeline's `_class_name` up among its own attributes, so it cannot find a class of another
+    package. This sets ours there. It is never done on import, may be called any number of times, and does not replace
+    a name that diffusers already has.
+
+    Returns:
+        `tuple[str, ...]`: The names of the registered pipelines.
+
+    Raises:
+        RuntimeError: If diffusers has another class of the same name. Nothing is registered then.
+
+    Example:
+        ```python
+        import diffusers_ext
+
+        names = diffusers_ext.register()
+        assert "GuideAndRescalePipeline" in names
+        ```
+    """
+    import diffusers
+
+    pipelines = {name: __getattr__(name) for name in _LAZY if name.endswith("Pipeline")}
+    for name, pipeline in pipelines.items():
+        present = getattr(diffusers, name, pipeline)
+        if present is not pipeline:
+            raise RuntimeError(
+                f"diffusers already has another `{name}` (from {present.__module__}); it is left as it is: use "
+                f"`diffusers_ext.{name}.from_pretrained(...)` instead of `register()`."
+            )
+    for name, pipeline in pipelines.items():
+        setattr(diffusers, name, pipeline)
+    return tuple(pipelines)

@@ -1,0 +1,244 @@
+"""The command `diffusers-ext`: edits a picture by words, or draws the demo sheet.
+
+What a user can do wrong ends in one sentence on standard error and exit code 2; `--debug` shows where it came from.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .imaging import FORMATS, fit_square, open_image
+from .reports import check_image_suffix, save_image, versions, write_json
+
+
+# What `--preset` stands for: arguments of `GuideAndRescalePipeline.__call__`, each of which its own option replaces.
+PRESETS: dict[str, dict[str, Any]] = {
+    "edit": {"guidance_scale": 7.5, "rescale_range": (0.33, 3.0), "guidance_end": 0.6},
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """One sentence for a wrong call; argparse would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*): The words after the command's name; those of the process by default.
+
+    Returns:
+        `int`: 0 if all is well, 2 if the user can cure what is wrong, 1 for anything else, 130 after an interrupt.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("diffusers-ext: interrupted; nothing more was written", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError) as error:
+        if options.debug:
+            raise
+        print(f"diffusers-ext: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if options.debug:
+            raise
+        if "out of memory" in str(error):
+            print("diffusers-ext: the device ran out of memory; use a smaller model or --device cpu", file=sys.stderr)
+            return 2
+        kind = type(error).__name__
+        print(f"diffusers-ext: unexpected {kind}: {_sentence(error)}; --debug shows the trace", file=sys.stderr)
+        return 1
+    return 0
+
+
+def edit(options: argparse.Namespace) -> None:
+    """Runs `diffusers-ext edit`: one picture, one or more prompts, one inversion."""
+    image = open_image(options.picture)
+    outputs = _output_paths(options.output, options.picture, len(options.prompt))
+
+    _quieten(options.debug)
+    from . import GuideAndRescalePipeline
+    from .hub import load_pipeline, native_size, resolve_model
+
+    model = resolve_model(options.model)
+    pipe = load_pipeline(GuideAndRescalePipeline, model, revision=options.revision, device=options.device)
+    # None lets tqdm decide: a bar on a terminal, nothing in a log.
+    pipe.set_progress_bar_config(disable=True if options.json else None)
+    size = native_size(pipe)
+    settings: dict[str, Any] = {
+        "source_prompt": options.source,
+        "prompt": options.prompt,
+        "num_inference_steps": options.steps,
+        **PRESETS[options.preset],
+        "alignment": options.alignment,
+    }
+    given = {
+        "guidance_scale": options.guidance_scale,
+        "rescale_range": tuple(options.rescale_range) if options.rescale_range else None,
+        "guidance_end": options.guidance_end,
+    }
+    settings |= {name: value for name, value in given.items() if value is not None}
+
+    start = time.perf_counter()
+    result = pipe(image=fit_square(image, size), **settings)
+    seconds = time.perf_counter() - start
+    for picture, path in zip(result.images, outputs, strict=True):
+        save_image(picture, path)
+    report = {
+        "picture": str(options.picture),
+        "picture_size": list(image.size),
+        "edited_size": [size, size],
+        "outputs": [str(path) for path in outputs],
+        "model": model,
+        "revision": options.revision,
+        "preset": options.preset,
+        **settings,
+        "device": str(pipe.device),
+        "seconds": round(seconds, 3),
+        "network_evaluations": result.network_evaluations,
+        "versions": versions(),
+    }
+    settings_path = outputs[0].with_name(f"{_stem(options.output, options.picture).name}.json")
+    write_json(report, settings_path)
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return
+    for prompt, path in zip(options.prompt, outputs, strict=True):
+        print(f"{path}  {prompt}")
+    print(f"{settings_path}  {seconds:.1f} s, {result.network_evaluations} network evaluations")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Runs `diffusers-ext demo`."""
+    _quieten(options.debug)
+    from .demo import run_demo
+
+    report = run_demo(options.output, model=options.model, steps=options.steps, device=options.device)
+    print(f"{report['sheet']}  {report['seconds']:.0f} s, {report['network_evaluations']} network evaluations")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="diffusers-ext", description="Methods for diffusers, from the command line.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"diffusers-ext {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    edits = commands.add_parser(
+        "edit",
+        help="edit a picture by words",
+        description="Edits a picture by words with Guide-and-Rescale. The largest centred square of the picture is scaled "
+        "to the size the model was trained on. Beside the result a JSON file keeps every setting.",
+        allow_abbrev=False,
+    )
+    edits.add_argument("picture", metavar="PICTURE", type=Path, help=f"a picture file ({', '.join(FORMATS)})")
+    edits.add_argument("--source", required=True, metavar="TEXT", help="what the picture shows")
+    edits.add_argument(
+        "--prompt",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="what it shall show; given several times, several pictures are made from one inversion",
+    )
+    edits.add_argument("--revision", metavar="SHA", help="branch, tag or commit of a Hub model")
+    edits.add_argument(
+        "--preset", choices=sorted(PRESETS), default="edit", help="named settings (default: %(default)s)"
+    )
+    edits.add_argument("--guidance-scale", type=float, metavar="W", help="pull towards the prompt (preset edit: 7.5)")
+    edits.add_argument(
+        "--rescale-range",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="bounds of the norm of what keeps the picture, relative to the pull (preset edit: 0.33 3.0)",
+    )
+    edits.add_argument(
+        "--guidance-end", type=float, metavar="F", help="share of the steps that keep the picture (preset edit: 0.6)"
+    )
+    edits.add_argument(
+        "--alignment",
+        choices=("matched", "official"),
+        default="matched",
+        help="inversion that retraces sampling, or that of the authors' code (default: %(default)s)",
+    )
+    edits.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: <picture>-edited.png)")
+    edits.add_argument("--json", action="store_true", help="also print the settings as JSON, and nothing else")
+    _common(edits, steps=50)
+    edits.set_defaults(run=edit)
+
+    shows = commands.add_parser(
+        "demo",
+        help="draw the demo sheet",
+        description="Edits a few pictures with the demo model and lays them out as a sheet.",
+        allow_abbrev=False,
+    )
+    shows.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default: %(default)s")
+    _common(shows, steps=40)
+    shows.set_defaults(run=demo)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser, steps: int) -> None:
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="folder or Hub id (default: the demo model)")
+    parser.add_argument(
+        "--steps", type=int, default=steps, help="steps of inversion and of sampling (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one present)")
+    parser.add_argument("--debug", action="store_true", help="show the trace of an error and the libraries' warnings")
+
+
+def _stem(output: Path | None, picture: Path) -> Path:
+    return output.with_suffix("") if output else Path(f"{picture.stem}-edited")
+
+
+def _output_paths(output: Path | None, picture: Path, count: int) -> list[Path]:
+    """Found wrong now, a name costs nothing; found wrong after the edit, it costs the edit."""
+    if output:
+        check_image_suffix(output, "--output")
+    suffix = output.suffix if output else ".png"
+    stem = _stem(output, picture)
+    names = [""] if count == 1 else [f"-{i}" for i in range(1, count + 1)]
+    paths = [stem.with_name(f"{stem.name}{name}{suffix}") for name in names]
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"--output={str(path)!r} is a folder; name a file")
+        if path.exists() and path.samefile(picture):
+            raise ValueError(f"--output={str(path)!r} is the picture itself; give another name")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(stem.parent, os.W_OK):
+        raise ValueError(f"--output={str(paths[0])!r} cannot be written: the folder is not open to you")
+    return paths
+
+
+def _quieten(debug: bool) -> None:
+    """The libraries' hints are for programmers; on a terminal they would bury the one sentence that matters.
+
+    Some are printed on import, so this comes before ours of the pipelines.
+    """
+    if debug:
+        return
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

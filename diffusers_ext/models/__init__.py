@@ -1,0 +1,7 @@
+"""Networks that diffusers lacks.
+
+Each module is imported here eagerly: diffusers finds the class that a saved `model_index.json` names only if its module is
+already in `sys.modules`.
+"""
+
+__all__: list[str] = []
