@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     held_out = source.draw(0, args.num_validation_images, "held_out")
 
     def validate(step: int) -> tuple[dict[str, float], Image.Image | None]:
-        right = {name: 0 for name in ATTRIBUTES}
+        right = dict.fromkeys(ATTRIBUTES, 0)
         for first in range(0, args.num_validation_images, VALIDATION_BATCH):
             part = held_out[first : first + VALIDATION_BATCH]
             for name, value in judge.read(source.images(part).to(device)).items():

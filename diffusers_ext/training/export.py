@@ -1,0 +1,106 @@
+"""From trained weights to a folder that stock diffusers loads, with a card and, if wanted, on the Hub."""
+
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from PIL import Image
+
+from .arguments import recorded
+
+
+INDEX_NAME = "model_index.json"
+# what a run leaves in its folder besides the model
+RUN_FILES = ("checkpoint-*/**", "logs/**", "samples/**", "log.jsonl", "latents-*", ".*", ".*/**")
+
+
+def install_model(write: Callable[[Path], None], output_dir: str | os.PathLike[str]) -> None:
+    """Puts a model into a run's folder beside its checkpoints.
+
+    Everything is written into a hidden folder first and then moved file by file, the index last: a failed save leaves
+    the model of an earlier run as it was. Nothing that the model does not have itself is touched.
+
+    Args:
+        write: Writes the model into an empty folder.
+        output_dir: Folder of the run.
+
+    Raises:
+        OSError: If it cannot be written; the message names the folder.
+    """
+    output_dir = Path(output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".model-", dir=output_dir))
+    except OSError as error:
+        raise OSError(f"the model could not be saved in {output_dir}: {error.strerror or error}") from error
+    try:
+        write(staging)
+        files = [path for path in staging.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == INDEX_NAME):
+            final = output_dir / path.relative_to(staging)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, final)
+    except OSError as error:
+        raise OSError(f"the model could not be saved in {output_dir}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def picture_grid(images: torch.Tensor, columns: int) -> Image.Image:
+    """Pictures (n, 3, H, W) in [-1, 1] on one sheet, row by row; a last row that is not full stays white at its end."""
+    pixels = (
+        ((images.detach().float().cpu().clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    )
+    n, height, width, _ = pixels.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    sheet[:n] = pixels
+    sheet = sheet.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    return Image.fromarray(sheet)
+
+
+def write_card(folder: Path, title: str, description: str, args: Namespace, tags: list[str], **front: Any) -> None:
+    """Writes `README.md` with front matter, a description and the settings of the run.
+
+    Args:
+        folder: Folder of the model.
+        title: First line.
+        description: Markdown text below it.
+        args: Arguments of the run.
+        tags: Tags on the Hub.
+        front: More fields of the front matter, e.g. `license`.
+    """
+    settings = "\n".join(f"| `{name}` | `{value}` |" for name, value in recorded(args).items() if value is not None)
+    text = f"# {title}\n\n{description}\n\n## Training\n\n| argument | value |\n| --- | --- |\n{settings}\n"
+    data = ModelCardData(library_name="diffusers", **front)
+    # `load_or_create_model_card` would ask the Hub for a card of that name first
+    card = ModelCard.from_template(data, template_path=str(MODEL_CARD_TEMPLATE_PATH), model_description=text)
+    populate_model_card(card, tags=tags).save(folder / "README.md")
+
+
+def push_folder(args: Namespace) -> str:
+    """Uploads the model of a run, without checkpoints and logs.
+
+    Returns:
+        Address of the commit.
+    """
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    commit = upload_folder(
+        repo_id=repo,
+        folder_path=args.output_dir,
+        commit_message="End of training",
+        ignore_patterns=list(RUN_FILES),
+        token=args.hub_token,
+    )
+    return str(commit)

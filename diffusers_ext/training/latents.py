@@ -1,0 +1,121 @@
+"""Latents of a frozen autoencoder: on the fly, or encoded once for a fixed number of items."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ..integrity import atomic_write
+from .data import Source
+from .streams import epoch_rows
+
+
+logger = logging.getLogger(__name__)
+
+ENCODE_BATCH = 64
+
+
+class FreshLatents:
+    """Latents of new items in every step; pictures are encoded when they are needed.
+
+    Args:
+        source: Where the items come from.
+        encode: From pictures (n, 3, R, R) to scaled latents (n, c, h, w).
+    """
+
+    def __init__(self, source: Source, encode: Callable[[torch.Tensor], torch.Tensor]):
+        self.source = source
+        self.encode = encode
+
+    def draw(self, step: int, count: int) -> tuple[Any, Any]:
+        """The global batch of a step: items to caption, and keys for `latents`."""
+        items = self.source.draw(step, count)
+        return items, items
+
+    def latents(self, keys: Any) -> torch.Tensor:
+        """Scaled latents (n, c, h, w), float32."""
+        return self.encode(self.source.images(keys))
+
+
+class CachedLatents:
+    """Latents of a fixed number of items, shuffled anew in every epoch; captions are still drawn anew in every step.
+
+    Args:
+        source: Where the items come from.
+        encode: From pictures (n, 3, R, R) to scaled latents (n, c, h, w).
+        length: Number of items to encode.
+        seed: Seed of the run.
+        file: Where the latents are kept between runs; the name should tell all that they depend on.
+        accelerator: One process encodes, the others wait.
+
+    Raises:
+        ValueError: If `file` is not what it should be.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        encode: Callable[[torch.Tensor], torch.Tensor],
+        length: int,
+        seed: int,
+        file: Path,
+        accelerator: Accelerator,
+    ):
+        self.seed, self.length = seed, length
+        self.items = source.draw(0, length)
+        if accelerator.is_main_process and not file.is_file():
+            began = time.monotonic()
+            parts = [
+                # half the memory; the rounding is far below the autoencoder's error
+                encode(source.images(self.items[first : first + ENCODE_BATCH])).half().cpu()
+                for first in range(0, length, ENCODE_BATCH)
+            ]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, save({"latents": torch.cat(parts).contiguous()}))
+            logger.info("encoded %d pictures in %.0f s", length, time.monotonic() - began)
+        accelerator.wait_for_everyone()
+        try:
+            self._latents = load(file.read_bytes())["latents"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{file} is damaged; remove it to encode the pictures again") from error
+        if len(self._latents) != length:
+            raise ValueError(
+                f"{file} holds {len(self._latents)} latents, not {length}; remove it to encode them again"
+            )
+
+    def draw(self, step: int, count: int) -> tuple[Any, Any]:
+        """The global batch of a step: items to caption, and keys for `latents`."""
+        rows = epoch_rows(self.seed, step * count, count, self.length, "cache")
+        return self.items[rows], rows
+
+    def latents(self, keys: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (n, c, h, w), float32."""
+        return self._latents[keys].float()
+
+
+def encoder_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The map from pictures to scaled latents (the mode of the posterior), without gradients."""
+
+    @torch.no_grad()
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return vae.encode(images.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+
+    return encode
+
+
+def cache_name(vae: AutoencoderKL, **settings: Any) -> str:
+    """File name that changes with the autoencoder's weights and with every setting."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    digest.update(str(vae.config.scaling_factor).encode())
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return f"latents-{digest.hexdigest()[:16]}.safetensors"

@@ -1,0 +1,339 @@
+"""The loop that the training scripts share: optimise, average, log, validate, save, resume.
+
+One optimiser step is a pure function of (weights, optimiser state, step): batches come from counter-based streams, the
+learning rate is computed from the step, and global random state is seeded anew in every step. Resuming therefore needs
+nothing but tensors and a number, and continues bit for bit.
+"""
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from PIL import Image
+from torch import nn
+
+from .arguments import recorded
+from .checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from .data import prefetched
+from .ema import WeightAverage
+from .streams import stream_seed
+
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "log.jsonl"
+# a resumed run is the uninterrupted one only if these are unchanged
+_DEFINING = (
+    "seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_scheduler",
+    "lr_warmup_steps", "decay_fraction", "lr_end", "ema_decay", "mixed_precision", "dataset_name", "train_data_dir",
+    "objects", "vendors", "resolution",
+)  # fmt: skip
+
+Validate = Callable[[int], tuple[dict[str, float], Image.Image | None]]
+
+
+class TrainingDivergedError(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+def learning_rate_factor(
+    step: int, total: int, kind: str = "linear", warmup: int = 0, decay_fraction: float = 1.0, end: float = 0.0
+) -> float:
+    """Factor of the learning rate at optimiser step `step`.
+
+    It rises linearly over the first `warmup` steps, stays at 1, and over the last `decay_fraction` of all steps falls to
+    `end`: not at all ("constant"), along a line ("linear") or half a cosine ("cosine").
+
+    Args:
+        step: Step counted from 0, below `total`.
+        total: Number of steps in all, 1 or more.
+        kind: "constant", "linear" or "cosine".
+        warmup: Steps of the rise, 0 or more.
+        decay_fraction: Share of the steps in which the rate falls, in [0, 1].
+        end: Factor that the fall ends at, in [0, 1].
+
+    Returns:
+        A factor in [0, 1].
+
+    Example:
+        >>> [learning_rate_factor(step, 4, decay_fraction=0.5) for step in range(4)]
+        [1.0, 1.0, 1.0, 0.5]
+    """
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    length = decay_fraction * total
+    done = max(0.0, (step - (total - length)) / length) if length else 0.0
+    left = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[kind]
+    return rise * (end + (1.0 - end) * left)
+
+
+def make_accelerator(args: Namespace) -> Accelerator:
+    """Sets up logging, threads and the Accelerator of a training script."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True
+    )
+    for chatty in ("httpx", "huggingface_hub", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    project = ProjectConfiguration(
+        project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
+    )
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=project,
+    )
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.ERROR)
+    return accelerator
+
+
+class Trainer:
+    """Trains one network with AdamW under Accelerate.
+
+    Args:
+        args: Arguments of `add_training_arguments`.
+        accelerator: From `make_accelerator`.
+        module: The network; parameters that do not require gradients stay as they are.
+
+    Raises:
+        CheckpointError: If `args.resume_from_checkpoint` cannot be read or belongs to another network, or if it is not
+            given and `args.output_dir` already holds checkpoints.
+    """
+
+    def __init__(self, args: Namespace, accelerator: Accelerator, module: nn.Module):
+        self.args = args
+        self.accelerator = accelerator
+        self.module = module.to(accelerator.device, memory_format=torch.channels_last)
+        self.step = 0
+        self.seconds = 0.0
+        self._named = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.average = WeightAverage(module, args.ema_decay) if args.use_ema else None
+        optimizer = torch.optim.AdamW(
+            self._named.values(),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        if args.resume_from_checkpoint:
+            folder = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+            if folder is None:
+                logger.info("no checkpoint in %s yet, the run starts from the beginning", args.output_dir)
+            else:
+                self._restore(folder, optimizer)
+        elif present := list_checkpoints(args.output_dir):
+            raise CheckpointError(
+                f"{args.output_dir} already holds {present[-1][1].name} of another run; add --resume_from_checkpoint latest "
+                f"to go on with it, or choose another output_dir"
+            )
+        self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        self._stop = threading.Event()
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pictures of one optimiser step over all processes."""
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def own_rows(self) -> list[slice]:
+        """Rows of the global batch that this process takes, one slice a forward pass."""
+        size, world = self.args.train_batch_size, self.accelerator.num_processes
+        passes = range(self.args.gradient_accumulation_steps)
+        firsts = [(i * world + self.accelerator.process_index) * size for i in passes]
+        return [slice(first, first + size) for first in firsts]
+
+    def fit(
+        self,
+        make_batches: Callable[[int], list[Any]],
+        loss_of: Callable[[nn.Module, Any], torch.Tensor],
+        validate: Validate,
+    ) -> None:
+        """Trains until `max_train_steps` or `max_train_seconds`, whichever comes first, and saves a checkpoint.
+
+        Args:
+            make_batches: From the step to this process's batches, one a forward pass; a pure function.
+            loss_of: From network and batch to the mean loss.
+            validate: From the step to metrics and a picture; called with the averaged weights in place.
+
+        Raises:
+            TrainingDivergedError: If the loss is not finite. No checkpoint of such weights is ever written.
+            CheckpointError: If a checkpoint cannot be written.
+        """
+        args = self.args
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("training", {name: str(value) for name, value in recorded(args).items()})
+        steps = range(self.step, args.max_train_steps)
+        began = mark = time.monotonic()
+        total, since = torch.zeros((), device=self.accelerator.device), 0
+        self.model.train()
+        batches_of = prefetched(make_batches, steps, 3 * args.dataloader_num_workers)
+        with self._stopping_on_sigterm():
+            for batches in batches_of:
+                total += self._optimise(batches, loss_of)
+                since += 1
+                stop = self.step == args.max_train_steps or self._should_stop(time.monotonic() - began)
+                save = stop or self.step % args.checkpointing_steps == 0
+                check = bool(args.validation_steps) and self.step % args.validation_steps == 0 and not stop
+                if save or check or self.step == 1 or self.step % args.logging_steps == 0:
+                    self._log(total, since, time.monotonic() - mark)
+                    if save:
+                        self._save(time.monotonic() - began)
+                    if check:
+                        self.validate(validate)
+                    # what saving and validating took is not part of the speed of training
+                    total, since, mark = torch.zeros_like(total), 0, time.monotonic()
+                if stop:
+                    break
+        batches_of.close()
+
+    def validate(self, validate: Validate) -> dict[str, float]:
+        """Runs `validate` on the main process with the averaged weights; keeps picture and metrics, and returns these."""
+        metrics: dict[str, float] = {}
+        if self.accelerator.is_main_process:
+            with self.weights_to_keep():
+                metrics, picture = validate(self.step)
+            self._record(metrics)
+            if picture is not None:
+                folder = Path(self.args.output_dir) / "samples"
+                folder.mkdir(parents=True, exist_ok=True)
+                picture.save(folder / f"step-{self.step:07d}.png")
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    @contextmanager
+    def weights_to_keep(self) -> Iterator[None]:
+        """Within the block the network is in evaluation mode with the weights that are exported."""
+        self.module.eval()
+        # compiled code is specialised on the shapes of training
+        eager = torch.compiler.set_stance("force_eager")
+        with self.average.applied() if self.average else nullcontext(), torch.no_grad(), eager:
+            yield
+        self.module.train()
+
+    def _optimise(self, batches: list[Any], loss_of: Callable[[nn.Module, Any], torch.Tensor]) -> torch.Tensor:
+        args = self.args
+        factor = learning_rate_factor(
+            self.step, args.max_train_steps, args.lr_scheduler, args.lr_warmup_steps, args.decay_fraction, args.lr_end
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.learning_rate * factor
+        # for networks with dropout; everything else draws from named streams
+        torch.manual_seed(stream_seed(args.seed, self.step, "layers", self.accelerator.process_index))
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, batch in enumerate(batches, 1):
+            with nullcontext() if i == len(batches) else self.accelerator.no_sync(self.model):
+                loss = loss_of(self.model, batch) / len(batches)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.accelerator.clip_grad_norm_(self._named.values(), args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.average:
+            self.average.update(self.step)
+        return total
+
+    def _log(self, total: torch.Tensor, steps: int, seconds: float) -> None:
+        loss = float(self.accelerator.reduce(total, "mean")) / steps
+        rate = self.optimizer.param_groups[0]["lr"]
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(
+                f"the loss is {loss} at step {self.step}; resume from the last checkpoint with a smaller learning_rate "
+                f"than {self.args.learning_rate} or a smaller max_grad_norm than {self.args.max_grad_norm}"
+            )
+        speed = steps * self.global_batch_size / seconds
+        self._record({"loss": loss, "learning_rate": rate, "images_per_second": speed})
+
+    def _record(self, entry: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        logger.info("step %d: %s", self.step, ", ".join(f"{name} {value:.5g}" for name, value in entry.items()))
+        path = Path(self.args.output_dir) / LOG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **entry}) + "\n")
+        self.accelerator.log(entry, step=self.step)
+
+    def _should_stop(self, seconds: float) -> bool:
+        limit = self.args.max_train_seconds
+        wanted = self._stop.is_set() or (limit is not None and seconds >= limit)
+        if self.accelerator.num_processes == 1:
+            return wanted
+        if self.step % self.args.logging_steps:
+            return False  # the processes must agree, and asking costs a message
+        vote = torch.tensor(float(wanted), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(vote, "sum") > 0)
+
+    @contextmanager
+    def _stopping_on_sigterm(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _save(self, seconds: float) -> None:
+        if self.accelerator.is_main_process:
+            optimizer = self.optimizer.optimizer
+            moments = {
+                f"{key}.{name}": value
+                for name, parameter in self._named.items()
+                for key, value in optimizer.state[parameter].items()
+            }
+            tensors = {"model": dict(self._named), "optimizer": moments}
+            if self.average:
+                tensors["ema"] = self.average.state_dict()
+            state = {
+                "args": recorded(self.args), "seconds": self.seconds + seconds, "world": self.accelerator.num_processes
+            }  # fmt: skip
+            folder = save_checkpoint(
+                self.args.output_dir, self.step, tensors, state, self.args.checkpoints_total_limit
+            )
+            logger.info("saved %s", folder)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        tensors, state = load_checkpoint(folder)
+        saved = tensors["model"]
+        shapes = {name: value.shape for name, value in self._named.items()}
+        odd = sorted(saved.keys() ^ shapes.keys()) or [name for name in shapes if saved[name].shape != shapes[name]]
+        if odd:
+            raise CheckpointError(
+                f"checkpoint {folder} belongs to another network: {len(odd)} tensors differ, e.g. {odd[0]}; "
+                f"give the arguments that it was trained with"
+            )
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(saved[name])
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    value = tensors["optimizer"][f"{key}.{name}"]
+                    # like the parameter in its strides too, which decide how the fused kernel walks
+                    kept = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
+                    optimizer.state[parameter][key] = kept
+        if self.average:
+            if "ema" not in tensors:
+                raise CheckpointError(f"checkpoint {folder} has no averaged weights; resume with --no-use_ema")
+            self.average.load_state_dict(tensors["ema"])
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        now = {**recorded(self.args), "world": self.accelerator.num_processes}
+        then = {**state["args"], "world": state["world"]}
+        for name in (*_DEFINING, "world"):
+            if now.get(name) != then.get(name):
+                logger.warning("%s was %r and is %r from here on", name, then.get(name), now.get(name))
+        logger.info("resumed %s after %d steps and %.0f s", folder, self.step, self.seconds)

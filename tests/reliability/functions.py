@@ -1,0 +1,348 @@
+"""Public functions and classes under the fuzzer, each with what may and what must not be passed.
+
+Where a function writes, its paths are files of the sandbox's scratch folder and nothing else.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusers_ext import FeatureEnergy, GuideAndRescalePipeline, InversionOutput, NormRescaler, SelfAttentionEnergy
+from diffusers_ext.data.emoji_scenes import EmojiScenes, vendor_pairs
+from diffusers_ext.hub import resolve_device, resolve_model
+from diffusers_ext.imaging import check_image, fit_square, open_image
+from diffusers_ext.integrity import atomic_folder, atomic_write, check_weights
+from diffusers_ext.inversion import DDIMLadder
+
+from .registry import INF, NAN, Argument, Function, Made, sample_picture, shared_pipeline
+from .sandbox import scratch
+from .values import LATENTS, NOT_COUNTS, NOT_NUMBERS, NOT_TEXT, PICTURES, TYPOS, picture
+
+
+def _files() -> Path:
+    """The scratch folder with the files that draws refer to."""
+    folder = scratch()
+    if not (folder / "good.png").exists():
+        sample_picture().convert("L").save(folder / "gray.jpg")
+        (folder / "text.png").write_text("not a picture")
+        (folder / "empty.png").touch()
+        (folder / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+        (folder / "folder.png").mkdir()
+        sample_picture().save(folder / "good.png")
+        (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:200])
+    return folder
+
+
+def _file(name: str) -> Made:
+    def make(rng: random.Random) -> Any:
+        return rng.choice([str, Path])(_files() / name)
+
+    return Made(f"<file {name}>", make)
+
+
+PATHS = Argument(
+    good=[_file("good.png"), _file("gray.jpg")],
+    bad=[
+        *map(_file, ("text.png", "empty.png", "drawing.svg", "folder.png", "cut.png", "absent.png", "a/b.png")),
+        "", None, 5, b"good.png", [], {}, "\0", "x" * 5000, "/dev/zero", "/dev/stdin", object,
+    ],
+)  # fmt: skip
+SEEDS = Argument(good=[0, 1, -1, 2**63, 10**30], bad=[1.5, NAN, INF, "1", None, [], object])
+COUNTS = Argument(good=[1, 2], bad=[-1, 1.5, NAN, "3", None, [], True])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guide-and-Rescale
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROMPTS = ["", "a", "a red heart", "x" * 3000, "\u2764\ufe0f \0", ["a"]]
+TOO_MANY = ["a", "b", "c"] * 2
+SPOILT = (None, 0, torch.zeros(1), torch.full((1, 4, 16, 16), NAN), "x")
+TEARS: tuple[Callable[[InversionOutput], None], ...] = (
+    lambda output: setattr(output, "latents", output.latents * NAN),
+    lambda output: setattr(output, "latents", output.latents[:1]),
+    lambda output: setattr(output, "latents", output.latents[0]),
+    lambda output: setattr(output, "latents", None),
+    lambda output: setattr(output, "timesteps", output.timesteps[:0]),
+    lambda output: setattr(output, "timesteps", None),
+    lambda output: setattr(output, "prompt", "a"),
+    lambda output: setattr(output, "prompt", []),
+    lambda output: setattr(output, "prompt", ["a", "b"]),
+    lambda output: setattr(output, "config", {}),
+    lambda output: setattr(output, "config", None),
+    lambda output: setattr(output, "config", {**output.config, "image_size": "64"}),
+    lambda output: setattr(output, "config", {**output.config, "num_inference_steps": 7}),
+    lambda output: setattr(output, "config", {**output.config, "model": None}),
+    lambda output: setattr(output, "config", {**output.config, "model": {"unet": None}}),
+    lambda output: setattr(output, "config", {**output.config, "alignment": "official"}),
+)
+
+
+def _callback(returned: Callable[[random.Random, Any], Any]) -> Callable[[random.Random], Any]:
+    return lambda rng: lambda pipe, step, t, tensors: returned(rng, tensors)
+
+
+EDIT_ARGUMENTS = {
+    "image": PICTURES,
+    "source_prompt": Argument(good=PROMPTS, bad=[None, *NOT_TEXT, TOO_MANY]),
+    "prompt": Argument(good=[*PROMPTS, ["a", "b"]], bad=[None, *NOT_TEXT]),
+    "negative_prompt": Argument(good=[None, *PROMPTS], bad=[*NOT_TEXT, TOO_MANY]),
+    "guiders": Argument(
+        good=[
+            None, [], Made("<attention>", lambda rng: [SelfAttentionEnergy(rng.choice([0, 1e-3, 3e5]))]),
+            Made("<features>", lambda rng: [FeatureEnergy(rng.choice([0, 500.0]), loss=rng.choice(["l1", "l2"]))]),
+            Made("<negative>", lambda rng: (FeatureEnergy(-5.0, layer="conv_norm_out"), SelfAttentionEnergy())),
+        ],
+        bad=[
+            5, "all", {}, object, [None], ["self"], SelfAttentionEnergy(), [SelfAttentionEnergy],
+            Made("<no such layer>", lambda rng: [FeatureEnergy(layer="up_blocks.9")]),
+            Made("<no such attention>", lambda rng: [SelfAttentionEnergy(layers=["mid_blok"])]),
+        ],
+    ),
+    "num_inference_steps": Argument(good=[1, 2, 3, np.int64(2)], bad=[*NOT_COUNTS, 1001, 2000, object]),
+    "guidance_scale": Argument(good=[0, 1, 1.0, 7.5, 30.0], bad=[*NOT_NUMBERS, -1.0, 1e308, True]),
+    "rescale_range": Argument(
+        good=[(0.33, 3.0), [0, 1], (0, INF), (1, 1), (2.0, 2)],
+        bad=[
+            (3.0, 0.33), (NAN, 1), (0, NAN), (-1, 1), (INF, INF), 1.0, None, "ab", "0.3,3", (1,), (1, 2, 3), ("a", "b"),
+            (None, 1), (0, 1e308), (1e308, INF), [[0], [1]], {},
+        ],
+    ),
+    "guidance_end": Argument(good=[0, 0.5, 0.6, 1, 1.0], bad=[*NOT_NUMBERS, -0.1, 1.01, 50, True]),
+    "alignment": Argument(good=["matched", "official"], bad=TYPOS),
+    "inversion": Argument(
+        good=[None], bad=["x", 5, {}, [], Made("<torn>", lambda rng: _torn_inversion(rng.choice(TEARS))), object]
+    ),
+    "height": Argument(good=[None, 8, 32, 31], bad=[0, -8, 2.5, NAN, "64", [], True, 10**6, 10**30]),
+    "width": Argument(good=[None, 8, 32, 40], bad=[0, -8, 2.5, NAN, "64", [], True, 10**6, 10**30]),
+    "latents": LATENTS,
+    "generator": Argument(
+        good=[
+            None, Made("<generator>", lambda rng: torch.Generator().manual_seed(0)),
+            Made("<generators>", lambda rng: [torch.Generator().manual_seed(0)]),
+        ],
+        bad=[0, 42, "cpu", {}, [0], [None], object, Made("<four generators>", lambda rng: [torch.Generator()] * 4)],
+    ),
+    "output_type": Argument(good=["pil", "np", "pt", "latent"], bad=["PIL", "nope", "", None, 0, [], object]),
+    "return_dict": Argument(good=[True, False], bad=[]),
+    "cross_attention_kwargs": Argument(good=[None, {}, {"scale": 1.0}], bad=["scale", 5, [], {"scale": "x"}, {"scale": NAN}]),
+    "callback_on_step_end": Argument(
+        good=[None, Made("<callback>", _callback(lambda rng, tensors: rng.choice([None, {}, tensors])))],
+        bad=[
+            5, "f", {}, Made("<callback: bad latents>", _callback(lambda rng, tensors: {"latents": rng.choice(SPOILT)})),
+        ],
+    ),
+    "callback_on_step_end_tensor_inputs": Argument(
+        good=[["latents"], [], ["prompt_embeds"]], bad=["latents", None, 5, ["latent"], [None], ["self"], {}]
+    ),
+}  # fmt: skip
+INVERT_ARGUMENTS = {
+    name: EDIT_ARGUMENTS[name]
+    for name in (
+        "image", "source_prompt", "num_inference_steps", "alignment", "height", "width", "cross_attention_kwargs",
+    )
+}  # fmt: skip
+
+
+def _edit(**arguments: Any) -> Any:
+    pipeline: Any = shared_pipeline("GuideAndRescalePipeline")
+    if arguments.get("inversion") is not None:
+        arguments["image"] = None
+    return pipeline(**arguments)
+
+
+def _invert(**arguments: Any) -> Any:
+    pipeline: Any = shared_pipeline("GuideAndRescalePipeline")
+    return pipeline.invert(**arguments)
+
+
+@cache
+def _inversion() -> InversionOutput:
+    return _invert(image=sample_picture(), source_prompt="a", num_inference_steps=2)
+
+
+def _torn_inversion(tear: Callable[[InversionOutput], None]) -> InversionOutput:
+    whole = _inversion()
+    torn = InversionOutput(whole.latents.clone(), whole.timesteps.clone(), list(whole.prompt), dict(whole.config))
+    tear(torn)
+    return torn
+
+
+def _load_inversion(directory: Any, config: Any, weights: Any) -> InversionOutput:
+    """Loads an inversion whose two files went through `config` and `weights`."""
+    if directory == "<saved>":
+        directory = scratch() / "inversion"
+        _inversion().save_pretrained(directory)
+        for path in directory.iterdir():
+            damage = config if path.suffix == ".json" else weights
+            if damage:
+                path.write_bytes(damage(path.read_bytes()))
+    return InversionOutput.from_pretrained(directory)
+
+
+def _damages() -> Iterator[Callable[[bytes], bytes]]:
+    yield lambda data: b""
+    yield lambda data: data[: len(data) // 2]
+    yield lambda data: data[::-1]
+    yield lambda data: data + b"x"
+    yield lambda data: data[:100] + bytes([data[100] ^ 1]) + data[101:]
+
+
+def _damages_of_json() -> Iterator[Callable[[bytes], bytes]]:
+    yield from list(_damages())[:4]
+    yield lambda data: b"[]"
+    yield lambda data: b"{}"
+    yield lambda data: data.replace(b'"sha256"', b'"sha-256"')
+    yield lambda data: data.replace(b'"prompt": [', b'"prompt": 5, "x": [')
+    yield lambda data: data.replace(b'"file": "', b'"file": "../')
+    yield lambda data: data.replace(b'"file": "', b'"file": ["x"], "y": "')
+    yield lambda data: data.replace(b'"image_size": [', b'"image_size": "big", "x": [')
+    yield lambda data: data.replace(b'"num_inference_steps": 2', b'"num_inference_steps": 3')
+
+
+def _load_pipeline(pretrained_model_name_or_path: Any, use_safetensors: Any) -> Any:
+    return GuideAndRescalePipeline.from_pretrained(pretrained_model_name_or_path, use_safetensors=use_safetensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rest of the library
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _scenes() -> EmojiScenes:
+    return EmojiScenes(resolution=16, objects=["apple", "star"])
+
+
+def _render(n: int, seed: int, split: str) -> Any:
+    drawn = _scenes().sample(n, seed, split)
+    images, masks = _scenes().render(drawn)
+    return [images, masks, _scenes().captions(drawn, drop=True, seed=seed)]
+
+
+def _ladder(num_inference_steps: Any, prediction_type: Any, num_train_timesteps: Any) -> Any:
+    pipeline: Any = shared_pipeline("GuideAndRescalePipeline")
+    changes = {"prediction_type": prediction_type, "num_train_timesteps": num_train_timesteps}
+    config = {**pipeline.scheduler.config, **changes}
+    # The list of settings that were left at their defaults would win over the changed ones.
+    config.pop("_use_default_values", None)
+    ladder = DDIMLadder.from_scheduler_config(config, num_inference_steps)
+    return [ladder.timesteps, ladder.alpha_bars]
+
+
+def _make_folder(target: Any) -> Any:
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("a")
+    return [str(target)]
+
+
+def _rescale(low: Any, high: Any, guidance: torch.Tensor, reference: torch.Tensor) -> Any:
+    return NormRescaler(low, high)(guidance, reference)
+
+
+def _noise(scale: float, dtype: torch.dtype = torch.float32) -> Made:
+    return Made(f"<noise x {scale} {dtype}>", lambda rng: (scale * torch.randn(2, 4, 4, 4)).to(dtype))
+
+
+NOISE = Argument(good=[_noise(1), _noise(0), _noise(1e-20), _noise(1e15), _noise(1, torch.float16)], bad=[])
+SCALES = Argument(good=[0, 1, 3e5, -2.0], bad=NOT_NUMBERS)
+FEW_PICTURES = [picture(kind) for kind in ("RGB", "L", "RGBA", "I;16")]
+
+FUNCTIONS: tuple[Function, ...] = (
+    Function("GuideAndRescalePipeline", _edit, EDIT_ARGUMENTS, is_model=True),
+    Function("GuideAndRescalePipeline.invert", _invert, INVERT_ARGUMENTS, is_model=True),
+    Function("GuideAndRescalePipeline.from_pretrained", _load_pipeline, {
+        "pretrained_model_name_or_path": Argument(
+            good=["absent-owner/absent"],
+            bad=[
+                "", " ", "~", ".", "..", "./absent", "/absent", "a/b/c", "\0", "x" * 300, None, 5, b"x", [], {}, NAN, object,
+                _file("good.png"), _file("folder.png"),
+            ],
+        ),
+        "use_safetensors": Argument(good=[None, True], bad=[False]),
+    }),
+    Function("SelfAttentionEnergy", SelfAttentionEnergy, {
+        "scale": SCALES,
+        "layers": Argument(good=["all", ["mid_block"]], bad=["", [], 5, None, [None], [""], {}, object]),
+    }),
+    Function("FeatureEnergy", FeatureEnergy, {
+        "scale": SCALES,
+        "layer": Argument(good=["up_blocks.-1", "conv_norm_out"], bad=["", None, 5, [], {}, object]),
+        "loss": Argument(good=["l1", "l2"], bad=["L1", "l3", "", None, 1, [], {}, object]),
+    }),
+    Function("NormRescaler", _rescale, {
+        "low": Argument(good=[0, 0.33, 1], bad=[*NOT_NUMBERS, -0.1, True, 1e308]),
+        "high": Argument(good=[1, 3.0, INF], bad=[NAN, -INF, "3", None, [], 1j, -1, 0.1, object]),
+        "guidance": NOISE,
+        "reference": NOISE,
+    }),
+    Function("DDIMLadder", _ladder, {
+        "num_inference_steps": Argument(good=[1, 2, 50, 999, 1000], bad=[0, -1, 1001, 2000, 10**9]),
+        "prediction_type": Argument(good=["epsilon", "v_prediction"], bad=["sample", "epsilonn", "", None, 0, "flow"]),
+        "num_train_timesteps": Argument(good=[1000, 2000], bad=[]),
+    }),
+    Function("InversionOutput.from_pretrained", _load_inversion, {
+        "directory": Argument(good=["<saved>"], bad=["/absent", "\0", _file("good.png"), _file("folder.png")]),
+        "config": Argument(good=[None], bad=list(_damages_of_json())),
+        "weights": Argument(good=[None], bad=list(_damages())),
+    }, is_model=True),
+    Function("open_image", open_image, {
+        "path": PATHS,
+        "max_pixels": Argument(good=[2**24, 32 * 32], bad=[1, 0, -1, 2.5, NAN, "9", None, True, []]),
+    }),
+    Function("check_image", check_image, {"image": PICTURES, "max_pixels": Argument(good=[2**24], bad=[1])}),
+    Function("fit_square", fit_square, {
+        "image": Argument(good=FEW_PICTURES, bad=[None, 5, "x", [], object]),
+        "size": Argument(good=[1, 16, 32], bad=NOT_COUNTS),
+    }),
+    Function("EmojiScenes", lambda sheets, resolution, objects: EmojiScenes(sheets, resolution, objects).object_names, {
+        "sheets": Argument(good=[None, "noto"], bad=["notto", "", 5, [], [None], {}, "../noto", object]),
+        "resolution": Argument(good=[8, 64], bad=[0, -2, 7, 9, 2.5, NAN, "64", None, [], True, 6]),
+        "objects": Argument(
+            good=[["apple"], ["star", "apple"]], bad=[["aple"], "apple", 5, [None], [1], {"apple": 1}, [[]]]
+        ),
+    }),
+    Function("EmojiScenes.sample", _render, {
+        "n": COUNTS, "seed": SEEDS,
+        "split": Argument(good=["train", "all"], bad=["Train", "test", "", None, 0, []]),
+    }),
+    Function("EmojiScenes.edit_pairs", lambda kind, n, seed: _scenes().edit_pairs(kind, n, seed).source, {
+        "kind": Argument(good=["colour", "background", "pattern", "object"], bad=["color", "", None, 0, [], "vendor"]),
+        "n": COUNTS, "seed": SEEDS,
+    }),
+    Function("vendor_pairs", lambda family, n, seed: vendor_pairs(family, n, resolution=16, seed=seed).target, {
+        "family": Argument(good=["hearts", "clock"], bad=["heart", "", None, 0, []]), "n": COUNTS, "seed": SEEDS,
+    }),
+    Function("resolve_model", resolve_model, {
+        "model": Argument(
+            good=["owner/name"],
+            bad=[
+                "./absent", "/absent", "", " ", 5, b"x", [], NAN, "\0", "x" * 300, object, _file("good.png"),
+                _file("folder.png"),
+            ],
+        ),
+    }),
+    Function("resolve_device", lambda device: str(resolve_device(device)), {
+        "device": Argument(good=[None, "cpu"], bad=["gpu", "cuda:99", "", 5, "cpu:x", [], NAN, object, "meta:1:2"]),
+    }),
+    Function("atomic_folder", _make_folder, {
+        "target": Argument(
+            good=[_file(f"made-{i}") for i in range(50)],
+            bad=[_file("good.png"), _file("good.png/sub"), _file("good\0.png"), _file("folder.png/.."), _file(""), None, 5, b"x", []],
+        ),
+    }),
+    Function("atomic_write", lambda path, data: [str(atomic_write(path, data))], {
+        "path": Argument(
+            good=[_file("file.bin")], bad=[_file("folder.png"), _file("absent/file.bin"), _file("a\0b"), None, 5, b"x", []]
+        ),
+        "data": Argument(good=[b"", b"x" * 1000], bad=[]),
+    }),
+    Function("check_weights", lambda modules: check_weights(modules), {
+        "modules": Argument(good=[{}, {"a": torch.nn.Linear(2, 2)}], bad=[]),
+    }),
+)  # fmt: skip

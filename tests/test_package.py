@@ -1,0 +1,157 @@
+"""The package as a whole: what an import costs and gives, and what a wheel contains."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import diffusers
+import pytest
+
+import diffusers_ext
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fresh(code: str) -> str:
+    """Runs code in a new interpreter and returns what it printed."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_brings_neither_gradio_nor_the_pipelines():
+    modules = set(json.loads(fresh("import json, sys, diffusers_ext; print(json.dumps(sorted(sys.modules)))")))
+    assert {"diffusers_ext.schedulers", "diffusers_ext.models"} <= modules
+    unwanted = {
+        "gradio",
+        "torchvision",
+        "datasets",
+        "transformers",
+        "diffusers_ext.pipelines",
+        "diffusers_ext.inversion",
+    }
+    assert not unwanted & modules
+    assert not [name for name in modules if re.match(r"(training|spaces|benchmarks)\b|diffusers\.pipelines\.", name)]
+
+
+def test_import_costs_little_over_diffusers():
+    # Processor time, and what diffusers itself takes is paid before: a busy machine or a cold disk is not our cost.
+    code = (
+        "import time, diffusers\nfrom diffusers import SchedulerMixin\nstart = time.process_time()\n"
+        "import diffusers_ext\nprint(time.process_time() - start)"
+    )
+    assert float(fresh(code)) < 0.3
+
+
+def test_every_public_name_resolves():
+    for name in diffusers_ext.__all__:
+        assert getattr(diffusers_ext, name) is not None
+        assert name in dir(diffusers_ext)
+    assert diffusers_ext.SchedulerMixin is diffusers.SchedulerMixin
+    assert diffusers_ext.ModelMixin is diffusers.ModelMixin
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="NoSuchPipeline"):
+        _ = diffusers_ext.NoSuchPipeline
+
+
+def test_version_is_that_of_the_metadata():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", diffusers_ext.__version__)
+    assert "version = attr: diffusers_ext.__version__" in (ROOT / "setup.cfg").read_text()
+
+
+def test_register_is_opt_in_idempotent_and_never_overwrites():
+    output = fresh(
+        "import diffusers, diffusers_ext\n"
+        "assert not hasattr(diffusers, 'GuideAndRescalePipeline')\n"
+        "names = diffusers_ext.register()\n"
+        "assert names == diffusers_ext.register() and 'GuideAndRescalePipeline' in names\n"
+        "assert diffusers.GuideAndRescalePipeline is diffusers_ext.GuideAndRescalePipeline\n"
+        "diffusers.GuideAndRescalePipeline = theirs = type('Theirs', (), {})\n"
+        "try:\n    diffusers_ext.register()\n"
+        "except RuntimeError as error:\n    print(error)\n"
+        "assert diffusers.GuideAndRescalePipeline is theirs\n"
+    )
+    assert "already has another `GuideAndRescalePipeline`" in output
+
+
+def test_imports_inside_the_library_never_point_up():
+    layers = {
+        "atomic": 0, "imaging": 0, "metrics": 0, "data": 0, "schedulers": 0, "models": 0, "sheets": 0, "manifest": 1,
+        "integrity": 2, "reports": 3, "attention": 3, "training": 4, "inversion": 4, "guidance": 4, "steering": 4,
+        "pipelines": 5, "hub": 6, "demo": 7, "cli": 8,
+    }  # fmt: skip
+    pattern = re.compile(r"^\s*(?:from|import) (?:diffusers_ext\.|\.{1,2})(\w+)", re.MULTILINE)
+    package = ROOT / "diffusers_ext"
+    wrong = []
+    for file in package.rglob("*.py"):
+        parts = file.relative_to(package).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        for name in pattern.findall(file.read_text()):
+            sibling = len(parts) > 1 and ((file.parent / f"{name}.py").exists() or (file.parent / name).is_dir())
+            if sibling:
+                continue
+            assert name in layers and parts[0] in layers, f"give {name} and {parts[0]} a layer here"
+            if layers[name] > layers[parts[0]]:
+                wrong.append(f"{'/'.join(parts)} imports {name}")
+    assert not wrong
+
+
+def test_nothing_is_unpickled_and_no_forbidden_library_is_imported():
+    forbidden = re.compile(
+        r"(?<!\.)torch\.load\(|pickle\.load|^\s*(?:import|from) (?:torchvision|gradio|datasets)\b|(?<![\w.])(?:eval|exec)\(",
+        re.MULTILINE,
+    )
+    found = [str(file) for file in (ROOT / "diffusers_ext").rglob("*.py") if forbidden.search(file.read_text())]
+    assert not found
+
+
+def test_constraints_lie_inside_the_ranges_of_setup_cfg():
+    from packaging.requirements import Requirement
+
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            pins[requirement.name.lower().replace("_", "-")] = str(requirement.specifier).removeprefix("==")
+    declared = re.findall(r"^    ([A-Za-z][\w-]*>=[\w.]+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert len(declared) > 12
+    for line in declared:
+        requirement = Requirement(line)
+        name = requirement.name.lower().replace("_", "-")
+        # Gradio is installed for the Spaces only, which pin their own.
+        if name != "gradio":
+            assert requirement.specifier.contains(pins[name]), line
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_typing_marker_and_the_data(tmp_path):
+    # A copy, because a build leaves folders behind, and a stale one would hide a missing file.
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    source = tmp_path / "source"
+    for name in listing.stdout.decode().split("\0"):
+        if name.startswith(("diffusers_ext/", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICE")):
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source], check=True, timeout=300
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {str(path.relative_to(source)) for path in (source / "diffusers_ext").rglob("*") if path.is_file()}
+    assert "diffusers_ext/py.typed" in wanted and "diffusers_ext/data/sheets/noto.png" in wanted
+    assert wanted <= names
+    assert not [name for name in names if not name.startswith(("diffusers_ext/", "diffusers_ext-"))]
