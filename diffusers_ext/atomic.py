@@ -187,7 +187,7 @@ def finish_update(target: str | os.PathLike[str]) -> bool:
         plan = _read_plan(update)
         files = [path for path in sorted(update.rglob("*")) if path.is_file() and path != update / _PLAN]
         last = [update / name for name in plan["last"]]
-        for path in [*(path for path in files if path not in last)]:
+        for path in (path for path in files if path not in last):
             _move(path, target / path.relative_to(update), target)
         for name in plan["remove"]:
             _unlink(_inside(target / name, target))
@@ -236,7 +236,9 @@ def _files_of_former_save(target: Path) -> list[str]:
     found = sorted(
         path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir() or path.is_symlink()
     )
-    found = [name for name in found if PurePosixPath(name).parts[0] != _COMMITTED and not _OWN.fullmatch(name.split("/")[0])]
+    found = [
+        name for name in found if PurePosixPath(name).parts[0] != _COMMITTED and not _OWN.fullmatch(name.split("/")[0])
+    ]
     if not found:
         return []
     try:
@@ -267,7 +269,9 @@ def _checked_folder(target: str | os.PathLike[str], may_be_mount: bool = False) 
     try:
         working = Path.cwd().resolve()
     except FileNotFoundError as error:
-        raise ValueError(f"target={str(target)!r}: the working folder no longer exists; change to one that does") from error
+        raise ValueError(
+            f"target={str(target)!r}: the working folder no longer exists; change to one that does"
+        ) from error
     if working.is_relative_to(real):
         what = "the working folder" if working == real else "above the working folder"
     elif Path.home().resolve().is_relative_to(real):

@@ -202,9 +202,13 @@ class CheckedLoadingMixin:
                 or a component cannot be saved, which would make a folder that cannot be loaded.
         """
         if not safe_serialization:
-            raise ValueError("safe_serialization=False would write pickles; leave it out, safetensors are always written")
+            raise ValueError(
+                "safe_serialization=False would write pickles; leave it out, safetensors are always written"
+            )
         if not isinstance(save_directory, (str, os.PathLike)) or not os.fspath(save_directory):
-            raise TypeError(f"save_directory={save_directory!r} is not the path of a folder; give a str or a pathlib.Path")
+            raise TypeError(
+                f"save_directory={save_directory!r} is not the path of a folder; give a str or a pathlib.Path"
+            )
         target = Path(save_directory)
         exists = target.is_dir()
         with atomic_update(target, last=[INDEX_NAME, MANIFEST_NAME]) if exists else atomic_folder(target) as staging:
@@ -288,7 +292,9 @@ def _check_files(folder: Path, cls: type, kwargs: Mapping[str, Any]) -> list[str
 
 def _check_component_files(folder: Path) -> None:
     if not folder.is_dir():
-        raise DamagedFileError(f"{folder} is missing, though {INDEX_NAME} lists it; save or fetch {folder.parent} again")
+        raise DamagedFileError(
+            f"{folder} is missing, though {INDEX_NAME} lists it; save or fetch {folder.parent} again"
+        )
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in names):
@@ -382,7 +388,11 @@ def _stale(target: Path, staging: Path, variant: str | None) -> list[str]:
     stale = []
     for folder in (path for path in staging.iterdir() if path.is_dir() and (target / path.name).is_dir()):
         for path in (target / folder.name).iterdir():
-            if _WEIGHTS.fullmatch(path.name) and _variant_of(path.name) == variant and not (folder / path.name).exists():
+            if (
+                _WEIGHTS.fullmatch(path.name)
+                and _variant_of(path.name) == variant
+                and not (folder / path.name).exists()
+            ):
                 stale.append(f"{folder.name}/{path.name}")
     return stale
 

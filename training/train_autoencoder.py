@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from diffusers_ext.metrics import psnr
 from diffusers_ext.training.arguments import (
     add_data_arguments,
     add_training_arguments,
@@ -25,9 +26,8 @@ from diffusers_ext.training.arguments import (
 )
 from diffusers_ext.training.autoencoding import (
     Autoencoding,
-    centre_latents,
     new_autoencoder,
-    psnr,
+    normalise_latents,
     reconstruction_loss,
 )
 from diffusers_ext.training.data import Source, make_source
@@ -141,8 +141,7 @@ def main(args: argparse.Namespace) -> None:
         with trainer.weights_to_keep():
             metrics |= {"steps": trainer.step, "pictures": trainer.step * total, **latent_statistics(vae, source)}
             if not args.freeze_encoder:  # a denoiser may already live in the latents of a frozen encoder
-                centre_latents(vae, torch.tensor(metrics["latent_mean"]), metrics["latent_std"])
-            metrics |= {"scaling_factor": vae.config.scaling_factor}
+                normalise_latents(vae, torch.tensor(metrics["latent_mean"]), torch.tensor(metrics["latent_std"]))
             install_model(lambda folder: save_model(folder, args, vae, metrics), args.output_dir)
         logger.info("saved the autoencoder in %s: %s", args.output_dir, json.dumps(metrics))
         if args.push_to_hub:
@@ -152,30 +151,25 @@ def main(args: argparse.Namespace) -> None:
 
 
 def latent_statistics(vae: AutoencoderKL, source: Source, n_images: int = 1000) -> dict[str, Any]:
-    """Mean of each latent channel, and the standard deviation of all of them about these means, on training pictures."""
+    """Mean and standard deviation of each latent channel on training pictures."""
     items = source.draw(0, n_images)
     modes = [
-        vae.encode(source.images(items[first : first + VALIDATION_BATCH])).latent_dist.mode().double()
+        vae.encode(source.images(items[first : first + VALIDATION_BATCH])).latent_dist.mode()
         for first in range(0, n_images, VALIDATION_BATCH)
     ]
-    latents = torch.cat(modes)
-    mean = latents.mean((0, 2, 3))
-    centred = latents - mean[:, None, None]
-    return {
-        "latent_mean": mean.tolist(),
-        "latent_std": float(centred.square().mean().sqrt()),
-        "latent_std_of_channels": centred.square().mean((0, 2, 3)).sqrt().tolist(),
-    }
+    latents = torch.cat(modes).double().cpu()
+    return {"latent_mean": latents.mean((0, 2, 3)).tolist(), "latent_std": latents.std((0, 2, 3)).tolist()}
 
 
 def save_model(folder: Path, args: argparse.Namespace, vae: AutoencoderKL, metrics: dict[str, Any]) -> None:
     vae.save_pretrained(folder)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    centred = "as they were" if args.freeze_encoder else "centred"
     description = (
         f"An `AutoencoderKL` trained with `training/train_autoencoder.py`. Reconstructions of held-out pictures reach "
-        f"{metrics['psnr']:.2f} dB PSNR. Its latents are {centred}; multiply them by "
-        f"`scaling_factor` = {metrics['scaling_factor']:.4f} for unit variance."
+        f"{metrics['psnr']:.2f} dB PSNR. On training pictures its latent channels have the means "
+        f"{[round(value, 3) for value in metrics['latent_mean']]} and standard deviations "
+        f"{[round(value, 3) for value in metrics['latent_std']]}"
+        + ("." if args.freeze_encoder else ", which are folded into its 1x1 convolutions: `scaling_factor` is 1.")
     )
     write_card(folder, Path(args.output_dir).name, description, args, ["diffusers", "autoencoder-kl", "diffusers-ext"])
 

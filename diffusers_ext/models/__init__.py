@@ -4,4 +4,7 @@ Each module is imported here eagerly: diffusers finds the class that a saved `mo
 already in `sys.modules`.
 """
 
-__all__: list[str] = []
+from .attribute_judge import AttributeJudge
+
+
+__all__ = ["AttributeJudge"]

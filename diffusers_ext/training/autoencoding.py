@@ -1,4 +1,4 @@
-"""Training of small KL autoencoders: loss, quality measure, and centring of the latents.
+"""Training of small KL autoencoders: loss, and normalisation of the latents.
 
 Loss of a reconstruction y of x with posterior N(mu, sigma^2):
     L = |x - y| + (x - y)^2 + 0.5 |grad x - grad y| + w * KL(N(mu, sigma^2) || N(0, 1)),
@@ -68,35 +68,29 @@ def reconstruction_loss(
     return error.abs().mean() + error.square().mean() + 0.5 * (across + down) + kl_weight * kl
 
 
-def psnr(images: torch.Tensor, restored: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each picture; inputs (n, c, H, W) in [-1, 1], `restored` is clamped to that range.
-
-    Returns:
-        (n,) in dB; equal pictures give infinity.
-    """
-    error = (restored.clamp(-1.0, 1.0) - images).square().flatten(1).mean(1) / 4.0
-    return -10.0 * torch.log10(error)
-
-
 @torch.no_grad()
-def centre_latents(vae: AutoencoderKL, mean: torch.Tensor, std: float) -> None:
-    """Moves a constant out of the latents and into the network's biases, and sets `scaling_factor = 1 / std`.
+def normalise_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Moves mean and scale of every latent channel into the network's 1x1 convolutions, and sets `scaling_factor = 1`.
 
-    Pipelines of the Stable Diffusion family multiply latents by `scaling_factor` but ignore a shift. The mean is therefore
-    subtracted in the bias of the last encoder layer, and the first decoder layer, a 1x1 convolution W z + b, gets
-    b + W mean: reconstructions stay what they were.
+    Pipelines of the Stable Diffusion family multiply latents by one `scaling_factor` and ignore a shift, while a diffusion
+    model wants every channel centred and of unit variance. The last encoder layer therefore gives (z - mean) / std, and
+    the first decoder layer W z + b becomes W diag(std) z + (b + W mean): reconstructions stay what they were.
 
     Args:
         vae: Autoencoder with `quant_conv` and `post_quant_conv`.
         mean: Mean of each latent channel, (latent_channels,).
-        std: Standard deviation of the centred latents, above 0.
+        std: Standard deviation of each latent channel, (latent_channels,), above 0.
 
     Raises:
-        ValueError: If `std` is not above 0.
+        ValueError: If a channel does not vary.
     """
-    if not std > 0.0:
-        raise ValueError(f"std={std!r} must be above 0")
-    mean = mean.to(vae.quant_conv.bias)
-    vae.quant_conv.bias[: len(mean)] -= mean
+    if not bool((std > 0.0).all()):
+        raise ValueError(f"std={std.tolist()} must be above 0 in every channel; a channel that never varies is unused")
+    channels = vae.config.latent_channels
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
-    vae.register_to_config(scaling_factor=1.0 / float(std))
+    vae.post_quant_conv.weight *= std[None, :, None, None]
+    vae.quant_conv.bias[:channels] -= mean
+    vae.quant_conv.bias[:channels] /= std
+    vae.quant_conv.weight[:channels] /= std[:, None, None, None]
+    vae.quant_conv.bias[channels:] -= 2.0 * std.log()
+    vae.register_to_config(scaling_factor=1.0)

@@ -31,9 +31,7 @@ def picture(kind: str) -> Made:
             return Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[kind]))
         array = pixels.astype(np.float32) / 255
         if kind == "numpy":
-            return rng.choice(
-                [pixels, array, array.astype(np.float64), array[None], array[..., 0], pixels[..., :1]]
-            )
+            return rng.choice([pixels, array, array.astype(np.float64), array[None], array[..., 0], pixels[..., :1]])
         if kind == "tensor":
             tensor = torch.from_numpy(array).permute(2, 0, 1)
             return rng.choice([tensor, tensor[None], 2 * tensor - 1, tensor.half(), tensor.double(), tensor[:1]])

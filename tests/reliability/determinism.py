@@ -1,0 +1,28 @@
+"""The same seed gives the same numbers in any process, and after saving and reloading."""
+
+import json
+import sys
+from typing import Any
+
+from diffusers_ext.data.emoji_scenes import EmojiScenes
+from tests.helpers.fresh_process import digest
+
+from .registry import PIPELINES
+
+
+def digests(folder: str | None = None) -> dict[str, str]:
+    """Digest of each subject's result; of pipelines loaded from `folder/<name>` instead of built if it is given."""
+    found = {}
+    for subject in PIPELINES:
+        pipeline: Any = subject.load(f"{folder}/{subject.name}") if folder else subject.build()
+        output = pipeline(**subject.good())
+        found[subject.name] = digest(output.images)
+    scenes = EmojiScenes(resolution=16, objects=["apple", "star"])
+    drawn = scenes.sample(4, seed=3)
+    found["EmojiScenes"] = digest(scenes.render(drawn)[0])
+    found["EmojiScenes.captions"] = "|".join(scenes.captions(drawn, drop=True, seed=3))
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(digests(sys.argv[1] if len(sys.argv) > 1 else None), sys.stdout)

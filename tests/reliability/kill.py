@@ -1,0 +1,235 @@
+"""kill -9 at random moments, half of them aimed inside a save: what is on the disk afterwards must be whole.
+
+Processes are forked from one that has imported everything already, since twenty imports of torch would be most of the time.
+Run it as a program (`python -m tests.reliability.kill pipeline --kills 20`): a process that is to fork must not have threads.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_ext.integrity import MANIFEST_NAME, verify_manifest
+
+from .registry import PIPELINES, SCRIPTS, PipelineSubject, Script
+
+
+LONGEST_SAVE = 60.0  # seconds after which a process that should be saving is taken to hang
+
+
+def kill_during(work: Callable[[], None], is_saving: Callable[[], bool] | None, delay: float) -> bool:
+    """Forks a process that does `work`, and kills it; returns whether it was still running.
+
+    Args:
+        work: What the process does.
+        is_saving: If given, the clock starts once this is true.
+        delay: Seconds from the start, or from then on, to the kill.
+    """
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        # Nothing of the parent's may run in the child: no handlers, no clean-up of its temporary folders.
+        try:
+            work()
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + LONGEST_SAVE
+    while is_saving is not None and not is_saving() and time.monotonic() < deadline:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.0005)
+    end = time.monotonic() + delay
+    while time.monotonic() < end:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return False
+        time.sleep(min(0.001, max(0.0, end - time.monotonic())))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+
+def half_written(folder: Path) -> bool:
+    """Whether a save into `folder`, or of `folder`, is under way right now."""
+    places = [folder, folder.parent] if folder.is_dir() else [folder.parent]
+    return any(path.name.endswith(".tmp") for place in places if place.is_dir() for path in place.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pipelines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kill_pipeline_saves(subject: PipelineSubject, kills: int, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Overwrites one folder again and again with other weights; after each kill it must load, with weights of one save."""
+    rng = random.Random(seed)
+    pipeline: Any = subject.build()
+    target = folder / "model"
+    log = folder / "log"
+    _fill(pipeline, 0.0)
+    pipeline.save_pretrained(target)
+    log.write_text("0\n")
+    sound, aimed, faults = 0, 0, []
+    for number in range(kills):
+        aim = number % 2 == 0
+        started = int(log.read_text().splitlines()[-1])
+        delay = rng.uniform(0.0, 0.08) if aim else rng.uniform(0.0, 0.4)
+        running = kill_during(
+            lambda: _save_for_ever(pipeline, target, log, started + 1),
+            (lambda: half_written(target)) if aim else None,
+            delay,
+        )
+        inside = half_written(target)
+        aimed += inside
+        acknowledged = int(log.read_text().splitlines()[-1])
+        try:
+            loaded = subject.load(str(target))
+            values = {float(p.detach().flatten()[0]) for p in loaded.unet.parameters()}
+            values |= {float(p.detach().flatten()[0]) for p in loaded.vae.parameters()}
+            assert verify_manifest(target), "no manifest"
+            assert len(values) == 1, f"weights of several saves: {values}"
+            # The save that was under way may have got through, an acknowledged one may not be lost.
+            assert values <= {float(acknowledged), float(acknowledged + 1)}, f"{values} after save {acknowledged}"
+            assert running, "the process ended by itself"
+            sound += 1
+        except Exception as error:
+            faults.append(f"kill {number}: {type(error).__name__}: {error}")
+    pipeline.save_pretrained(target)
+    left = [path.name for path in target.iterdir() if path.name.endswith((".tmp", ".complete"))]
+    if left:
+        faults.append(f"left behind after the next save: {left}")
+    return {"kills": kills, "sound": sound, "inside a save": aimed, "faults": faults}
+
+
+def _save_for_ever(pipeline: Any, target: Path, log: Path, number: int) -> None:
+    # A number beyond any real count: the process is killed long before.
+    while number < 10**6:
+        _fill(pipeline, float(number))
+        pipeline.save_pretrained(target)
+        with open(log, "a") as file:
+            file.write(f"{number}\n")
+        number += 1
+
+
+@torch.no_grad()
+def _fill(pipeline: Any, value: float) -> None:
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        for parameter in module.parameters():
+            parameter.fill_(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kill_training(script: Script, kills: int, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Kills and resumes one run; every checkpoint and the end must be bit-equal to those of a run that nobody killed."""
+    rng = random.Random(seed)
+    main = importlib.import_module(script.module).main
+    reference, run = folder / "reference", folder / "run"
+    started = time.monotonic()
+    _in_child(lambda: main(script.arguments(reference)))
+    duration = time.monotonic() - started
+    expected = _digests(reference)
+    if len(expected) < script.steps:
+        return {
+            "kills": 0,
+            "sound": 0,
+            "faults": [f"the reference run left {len(expected)} of {script.steps} checkpoints"],
+        }
+    sound, aimed, faults = 0, 0, []
+    arguments = [*script.arguments(run), "--resume_from_checkpoint", "latest"]
+    for number in range(kills):
+        aim = number % 2 == 0
+        if len(_digests(run)) >= script.steps - 2:
+            # Close to the end a kill would find nothing to interrupt: go on from an early checkpoint of the reference.
+            run = folder / f"run-{number}"
+            arguments = [*script.arguments(run), "--resume_from_checkpoint", "latest"]
+        delay = rng.uniform(0.0, 0.03) if aim else rng.uniform(0.1, 0.7) * duration
+        running = kill_during(
+            lambda: _quiet(lambda: main(arguments)), (lambda: half_written(run / "checkpoint")) if aim else None, delay
+        )
+        aimed += half_written(run / "checkpoint")
+        found = _digests(run)
+        wrong = [name for name, digest in found.items() if digest != expected.get(name)]
+        if wrong:
+            faults.append(f"kill {number}: {wrong} differ from the uninterrupted run")
+        elif not running and len(found) < script.steps:
+            faults.append(f"kill {number}: the run ended by itself after {len(found)} checkpoints")
+        else:
+            sound += 1
+    _in_child(lambda: main(arguments))
+    if _digests(run) | expected != expected or max(_digests(run)) != max(expected):
+        faults.append("the run that was resumed to its end differs from the uninterrupted one")
+    return {"kills": kills, "sound": sound, "inside a save": aimed, "faults": faults}
+
+
+def _in_child(work: Callable[[], Any]) -> None:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            _quiet(work)
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise RuntimeError(f"the training run ended with status {os.waitstatus_to_exitcode(status)}")
+
+
+def _quiet(work: Callable[[], Any]) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    work()
+
+
+def _digests(run: Path) -> dict[str, str]:
+    """Checkpoint -> its manifest, which holds the SHA-256 of all its files; raises if a file does not agree with it."""
+    digests = {}
+    for path in sorted(run.glob("checkpoint-*")):
+        verify_manifest(path)
+        files = json.loads((path / MANIFEST_NAME).read_text())["files"]
+        # The times that a run notes for itself differ, weights, averages and optimiser states may not.
+        digests[path.name] = json.dumps(
+            {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+        )
+    return digests
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("pipeline", "training"))
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
+        if args.what == "pipeline":
+            for subject in PIPELINES:
+                place = Path(scratch) / subject.name
+                place.mkdir()
+                results[subject.name] = kill_pipeline_saves(subject, args.kills, place, args.seed)
+        else:
+            for script in SCRIPTS:
+                place = Path(scratch) / script.name
+                place.mkdir()
+                results[script.name] = kill_training(script, args.kills, place, args.seed)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
