@@ -91,7 +91,7 @@ def edit(options: argparse.Namespace) -> None:
     settings |= {name: value for name, value in given.items() if value is not None}
 
     start = time.perf_counter()
-    result = pipe(image=fit_square(image, size), **settings)
+    result: Any = pipe(image=fit_square(image, size), **settings)
     seconds = time.perf_counter() - start
     for picture, path in zip(result.images, outputs, strict=True):
         save_image(picture, path)

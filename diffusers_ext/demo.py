@@ -172,8 +172,10 @@ def _edit_scene(
 
     start = time.perf_counter()
     inversion = pipe.invert(picture, source_prompt, num_inference_steps=steps)
-    plain = pipe(prompt=source_prompt, inversion=inversion, guiders=[], guidance_scale=1.0, num_inference_steps=steps)
-    edited = pipe(prompt=prompts, inversion=inversion, num_inference_steps=steps)
+    plain: Any = pipe(
+        prompt=source_prompt, inversion=inversion, guiders=[], guidance_scale=1.0, num_inference_steps=steps
+    )
+    edited: Any = pipe(prompt=prompts, inversion=inversion, num_inference_steps=steps)
     seconds = time.perf_counter() - start
 
     reconstruction, results = plain.images[0], edited.images

@@ -26,7 +26,7 @@ EMPTY = "empty"  # returned nothing without a word
 LIBRARY = "diffusers_ext"
 CURES = re.compile(
     r"\b(use|give|name|load|choose|lower|raise|leave|pass|call|save|fetch|invert|scale|open|add|ask|check|derive|try|train|"
-    r"replace|one of|at least|at most|between|allows|needs|needed|must|did you mean|is not|understood|limit|is no)\b"
+    r"replace|one of|at least|at most|between|allows|needs|needed|must|did you mean|is not|understood|limit|is no|it has)\b|\bis \(3"
 )
 
 
@@ -98,8 +98,10 @@ def _raised_by(error: Exception, package: str, names: set[str]) -> bool:
 
 def _names(message: str, name: str, value: Any) -> bool:
     """Whether a message names an argument and shows enough of its value to recognise it."""
-    if isinstance(value, (str, os.PathLike)) and os.path.sep in str(value) and str(value) in message:
-        return True
+    if isinstance(value, (str, os.PathLike)):
+        path = str(value)
+        if repr(path) in message or (os.path.sep in path and path in message):
+            return True
     return f"{name}=" in message or (
         bool(re.search(rf"\b{re.escape(name)}\b", message)) and any(part in message for part in _evidence(value))
     )
@@ -116,6 +118,8 @@ def _evidence(value: Any) -> Iterable[str]:
         yield f"{value.size[0]}x{value.size[1]}"
         return
     yield from (repr(value)[:40], str(value)[:40], type(value).__name__)
+    if callable(value):
+        yield "returned"
     if isinstance(value, float) and math.isfinite(value):
         yield f"{value:g}"
     if isinstance(value, (list, tuple, dict)):
