@@ -223,7 +223,9 @@ def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, dtype: str) -
         return
     with tempfile.TemporaryDirectory(prefix=".full-", dir=folder) as full:
         pipeline.save_pretrained(full)
-        StableDiffusionPipeline.from_pretrained(full, dtype=torch.float16).save_pretrained(folder)
+        half = StableDiffusionPipeline.from_pretrained(full, dtype=torch.float16)
+        half.register_to_config(_name_or_path=None)  # a folder that is about to go
+        half.save_pretrained(folder)
 
 
 def write_model_card(

@@ -87,6 +87,7 @@ def normalise_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor)
     if not bool((std > 0.0).all()):
         raise ValueError(f"std={std.tolist()} must be above 0 in every channel; a channel that never varies is unused")
     channels = vae.config.latent_channels
+    mean, std = mean.to(vae.quant_conv.bias), std.to(vae.quant_conv.bias)
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
     vae.post_quant_conv.weight *= std[None, :, None, None]
     vae.quant_conv.bias[:channels] -= mean

@@ -80,7 +80,7 @@ def learning_rate_factor(
 def make_accelerator(args: Namespace) -> Accelerator:
     """Sets up logging, threads and the Accelerator of a training script."""
     logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, force=True
+        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO
     )
     for chatty in ("httpx", "huggingface_hub", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

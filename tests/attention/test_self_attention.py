@@ -29,7 +29,7 @@ ATTENTION = {
 
 def attention(**options) -> Attention:
     torch.manual_seed(0)
-    return Attention(query_dim=16, heads=2, dim_head=8, **options).eval()
+    return Attention(query_dim=32, heads=2, dim_head=8, **options).eval()
 
 
 def record_of(layer: Attention, *inputs: torch.Tensor) -> SelfAttentionRecord:
@@ -44,10 +44,10 @@ def record_of(layer: Attention, *inputs: torch.Tensor) -> SelfAttentionRecord:
 @pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
 @pytest.mark.parametrize("picture", [False, True], ids=["sequence", "picture"])
 def test_the_output_is_that_of_the_stock_processor(options, picture):
-    layer = attention(**options)
-    hidden = torch.randn(3, 16, 4, 6) if picture else torch.randn(3, 24, 16)
     if "spatial_norm_dim" in options and not picture:
         pytest.skip("a spatial norm takes pictures")
+    layer = attention(**options)
+    hidden = torch.randn(3, 32, 4, 6) if picture else torch.randn(3, 24, 32)
     extra = {"temb": torch.randn(3, 4, 2, 3)} if "spatial_norm_dim" in options else {}
     layer.set_processor(AttnProcessor2_0() if "qk_norm" in options else AttnProcessor())
     expected = layer(hidden, **extra)
@@ -59,7 +59,7 @@ def test_the_output_is_that_of_the_stock_processor(options, picture):
 @pytest.mark.parametrize("norm", ["layer_norm", None])
 def test_a_context_and_a_mask_are_honoured(norm):
     layer = attention(cross_attention_dim=12, cross_attention_norm=norm)
-    hidden, context = torch.randn(2, 10, 16), torch.randn(2, 7, 12)
+    hidden, context = torch.randn(2, 10, 32), torch.randn(2, 7, 12)
     mask = torch.zeros(2, 1, 7)
     mask[:, :, 5:] = -1e4
     layer.set_processor(AttnProcessor())
@@ -71,7 +71,7 @@ def test_a_context_and_a_mask_are_honoured(norm):
 
 def test_the_energy_is_the_mean_square_of_the_probabilities():
     layer = attention()
-    reference, source = torch.randn(3, 24, 16), torch.randn(3, 24, 16)
+    reference, source = torch.randn(3, 24, 32), torch.randn(3, 24, 32)
 
     def probabilities(hidden: torch.Tensor) -> torch.Tensor:
         query, key = (f(hidden).view(3, 24, 2, 8).transpose(1, 2) for f in (layer.to_q, layer.to_k))
@@ -82,12 +82,12 @@ def test_the_energy_is_the_mean_square_of_the_probabilities():
 
 
 def test_the_energy_of_equal_passes_is_exactly_zero():
-    hidden = torch.randn(2, 24, 16)
+    hidden = torch.randn(2, 24, 32)
     assert record_of(attention(), hidden, hidden).energies["layer"].tolist() == [0.0, 0.0]
 
 
 def test_no_probabilities_are_kept():
-    record = record_of(attention(), torch.randn(1, 24, 16), torch.randn(1, 24, 16))
+    record = record_of(attention(), torch.randn(1, 24, 32), torch.randn(1, 24, 32))
     query, key = record.queries_and_keys["layer"]
     assert query.shape == key.shape == (2, 24, 8)
     assert record.energies["layer"].shape == (1,)

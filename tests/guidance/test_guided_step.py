@@ -105,9 +105,7 @@ def test_a_network_that_predicts_v_is_guided_the_same(unet, golden, tiny_sd_path
         torch.testing.assert_close(in_v.noise_pred, expected, atol=1e-3, rtol=1e-4)
         if number < 6:
             torch.testing.assert_close(in_v.gamma, in_epsilon.gamma, rtol=1e-4, atol=0)
-            torch.testing.assert_close(
-                in_v.classifier_free_norm, in_epsilon.classifier_free_norm, rtol=1e-4, atol=0
-            )
+            torch.testing.assert_close(in_v.classifier_free_norm, in_epsilon.classifier_free_norm, rtol=1e-4, atol=0)
 
 
 def test_the_gradient_is_that_of_finite_differences(unet, golden):

@@ -28,7 +28,12 @@ CONFIG = {
 
 def inversion(**changes: Any) -> InversionOutput:
     latents = torch.randn(4, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    fields = {"latents": latents, "timesteps": torch.tensor([1, 334, 667]), "prompt": ["a", ""], "network_evaluations": 6}
+    fields = {
+        "latents": latents,
+        "timesteps": torch.tensor([1, 334, 667]),
+        "prompt": ["a", ""],
+        "network_evaluations": 6,
+    }
     return InversionOutput(**{**fields, "config": copy.deepcopy(CONFIG), **changes})
 
 
@@ -56,7 +61,9 @@ def test_saving_again_replaces_and_leaves_other_files_alone(tmp_path):
     assert (tmp_path / "inversion-notes.safetensors").read_text() == (tmp_path / "picture.png").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["../precious.safetensors", "inversion-/../../precious.safetensors", "precious.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../precious.safetensors", "inversion-/../../precious.safetensors", "precious.safetensors"]
+)
 def test_a_forged_config_cannot_have_another_file_removed(tmp_path, name):
     folder = tmp_path / "saved"
     inversion().save_pretrained(folder)
@@ -92,7 +99,9 @@ def test_damage_anywhere_in_the_files_is_noticed(tmp_path):
     config = tmp_path / "inversion_config.json"
     good_weights, good_config = weights.read_bytes(), config.read_bytes()
     damaged = [(weights, good_weights[:n]) for n in (0, 7, 100, len(good_weights) - 1)]
-    damaged += [(weights, good_weights[:n] + bytes([good_weights[n] ^ 4]) + good_weights[n + 1 :]) for n in (0, 50, 900)]
+    damaged += [
+        (weights, good_weights[:n] + bytes([good_weights[n] ^ 4]) + good_weights[n + 1 :]) for n in (0, 50, 900)
+    ]
     damaged += [(config, good_config[:n]) for n in range(0, len(good_config) - 2, 97)]
     damaged += [(config, text) for text in (b"null", b"[]", b"\xff\xfe", b'{"file": 3}', b"{}", b"[" * 100000)]
     content = json.loads(good_config)
@@ -126,7 +135,7 @@ def test_a_folder_without_one_is_named(tmp_path):
         ({"alignment": "official"}, None, "alignment='matched', the call has 'official'"),
         ({"scheduler": {"beta_start": 0.1, "steps_offset": 1}}, None, "beta_start=0.00085 there, 0.1 here"),
         ({"model": model_fingerprint({"unet": tiny_unet(layers_per_block=2)})}, None, "its unet differs"),
-        ({}, ["a", "b"], "source_prompt=..a., ...., the call has"),
+        ({}, ["a", "b"], r"source_prompt=\['a', ''\], the call has \['a', 'b'\]"),
     ],
 )
 def test_it_is_refused_where_it_does_not_fit(change, prompt, answer):

@@ -48,7 +48,12 @@ def edit(pipe, inversion, prompts):
     """`edit(**changes)`: the latents of the default edit, with changes."""
 
     def call(**changes: Any) -> torch.Tensor:
-        arguments = {"inversion": inversion, "prompt": prompts[1], "num_inference_steps": STEPS, "output_type": "latent"}
+        arguments = {
+            "inversion": inversion,
+            "prompt": prompts[1],
+            "num_inference_steps": STEPS,
+            "output_type": "latent",
+        }
         return pipe(**{**arguments, **changes}).images
 
     return call
@@ -274,7 +279,9 @@ def test_after_an_error_the_pipeline_is_as_before(pipe, edit, edited, where):
     def fail(*_):
         raise KeyError("on purpose")
 
-    arguments = {"callback_on_step_end": fail} if where == "callback" else {"guiders": [SelfAttentionEnergy(), Fails(1.0)]}
+    arguments = (
+        {"callback_on_step_end": fail} if where == "callback" else {"guiders": [SelfAttentionEnergy(), Fails(1.0)]}
+    )
     with pytest.raises(KeyError, match="on purpose"):
         edit(**arguments)
     assert all(unet.attn_processors[name] is processor for name, processor in processors.items())

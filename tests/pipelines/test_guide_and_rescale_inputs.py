@@ -211,7 +211,9 @@ def test_a_network_with_other_inputs_is_refused(changes, answer):
 
 def test_a_folder_of_another_family_is_refused_in_one_sentence(tmp_path):
     tiny_stable_diffusion_xl().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="StableDiffusionXLPipeline, which has text_encoder_2, tokenizer_2 besides") as caught:
+    with pytest.raises(
+        ValueError, match="StableDiffusionXLPipeline, which has text_encoder_2, tokenizer_2 besides"
+    ) as caught:
         GuideAndRescalePipeline.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from diffusers_ext.integrity import MANIFEST_NAME, verify_manifest
+from diffusers_ext.manifest import digest_of
 
 from .registry import PIPELINES, SCRIPTS, PipelineSubject, Script
 
@@ -35,14 +36,7 @@ def kill_during(work: Callable[[], None], is_saving: Callable[[], bool] | None, 
         is_saving: If given, the clock starts once this is true.
         delay: Seconds from the start, or from then on, to the kill.
     """
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        # Nothing of the parent's may run in the child: no handlers, no clean-up of its temporary folders.
-        try:
-            work()
-        finally:
-            os._exit(0)
+    pid = _fork(work)
     deadline = time.monotonic() + LONGEST_SAVE
     while is_saving is not None and not is_saving() and time.monotonic() < deadline:
         if os.waitpid(pid, os.WNOHANG)[0]:
@@ -56,6 +50,22 @@ def kill_during(work: Callable[[], None], is_saving: Callable[[], bool] | None, 
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return True
+
+
+def _fork(work: Callable[[], None]) -> int:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    # Nothing of the parent's may run in the child: no handlers, no clean-up of its temporary folders.
+    code = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        os._exit(code)
 
 
 def half_written(folder: Path) -> bool:
@@ -133,60 +143,56 @@ def _fill(pipeline: Any, value: float) -> None:
 
 
 def kill_training(script: Script, kills: int, folder: Path, seed: int = 0) -> dict[str, Any]:
-    """Kills and resumes one run; every checkpoint and the end must be bit-equal to those of a run that nobody killed."""
+    """Kills and resumes a run again and again.
+
+    Every checkpoint that is found after a kill, and the model at the end, must be bit-equal to those of a run that nobody
+    killed.
+    """
     rng = random.Random(seed)
-    main = importlib.import_module(script.module).main
-    reference, run = folder / "reference", folder / "run"
+    module = importlib.import_module(script.module)
+
+    def work(run: Path, *more: str) -> Callable[[], None]:
+        return lambda: _quiet(lambda: module.main(module.parse_args([*script.arguments(run), *more])))
+
+    script.prepare(folder)
+    reference = folder / "reference"
     started = time.monotonic()
-    _in_child(lambda: main(script.arguments(reference)))
+    _finish(work(reference))
     duration = time.monotonic() - started
     expected = _digests(reference)
     if len(expected) < script.steps:
-        return {
-            "kills": 0,
-            "sound": 0,
-            "faults": [f"the reference run left {len(expected)} of {script.steps} checkpoints"],
-        }
+        raise RuntimeError(f"the reference run left {len(expected)} of {script.steps} checkpoints")
+    runs = [folder / "run-0"]
     sound, aimed, faults = 0, 0, []
-    arguments = [*script.arguments(run), "--resume_from_checkpoint", "latest"]
     for number in range(kills):
+        if len(_digests(runs[-1])) >= script.steps - 2:
+            # Near its end there is little of a run left to interrupt.
+            runs.append(folder / f"run-{number}")
+        run = runs[-1]
         aim = number % 2 == 0
-        if len(_digests(run)) >= script.steps - 2:
-            # Close to the end a kill would find nothing to interrupt: go on from an early checkpoint of the reference.
-            run = folder / f"run-{number}"
-            arguments = [*script.arguments(run), "--resume_from_checkpoint", "latest"]
         delay = rng.uniform(0.0, 0.03) if aim else rng.uniform(0.1, 0.7) * duration
-        running = kill_during(
-            lambda: _quiet(lambda: main(arguments)), (lambda: half_written(run / "checkpoint")) if aim else None, delay
-        )
+        is_saving = (lambda: half_written(run / "checkpoint")) if aim else None
+        running = kill_during(work(run, "--resume_from_checkpoint", "latest"), is_saving, delay)
         aimed += half_written(run / "checkpoint")
         found = _digests(run)
         wrong = [name for name, digest in found.items() if digest != expected.get(name)]
         if wrong:
-            faults.append(f"kill {number}: {wrong} differ from the uninterrupted run")
+            faults.append(f"kill {number}: {wrong} differ from the run that nobody killed")
         elif not running and len(found) < script.steps:
             faults.append(f"kill {number}: the run ended by itself after {len(found)} checkpoints")
         else:
             sound += 1
-    _in_child(lambda: main(arguments))
-    if _digests(run) | expected != expected or max(_digests(run)) != max(expected):
-        faults.append("the run that was resumed to its end differs from the uninterrupted one")
-    return {"kills": kills, "sound": sound, "inside a save": aimed, "faults": faults}
+    _finish(work(runs[-1], "--resume_from_checkpoint", "latest"))
+    if _digests(runs[-1]) != expected or _exported(runs[-1]) != _exported(reference):
+        faults.append("the run that was resumed to its end differs from the one that nobody killed")
+    return {"kills": kills, "sound": sound, "inside a save": aimed, "checkpoints": len(expected), "faults": faults}
 
 
-def _in_child(work: Callable[[], Any]) -> None:
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            _quiet(work)
-            code = 0
-        finally:
-            os._exit(code)
+def _finish(work: Callable[[], None]) -> None:
+    pid = _fork(work)
     _, status = os.waitpid(pid, 0)
     if status:
-        raise RuntimeError(f"the training run ended with status {os.waitstatus_to_exitcode(status)}")
+        raise RuntimeError(f"a training run ended with status {os.waitstatus_to_exitcode(status)}")
 
 
 def _quiet(work: Callable[[], Any]) -> None:
@@ -197,16 +203,25 @@ def _quiet(work: Callable[[], Any]) -> None:
 
 
 def _digests(run: Path) -> dict[str, str]:
-    """Checkpoint -> its manifest, which holds the SHA-256 of all its files; raises if a file does not agree with it."""
+    """Checkpoint -> digests of its weights, averages and optimiser states; raises if a file does not agree with them."""
     digests = {}
     for path in sorted(run.glob("checkpoint-*")):
         verify_manifest(path)
         files = json.loads((path / MANIFEST_NAME).read_text())["files"]
-        # The times that a run notes for itself differ, weights, averages and optimiser states may not.
-        digests[path.name] = json.dumps(
-            {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
-        )
+        # The state also notes how long the run took, which differs.
+        digests[path.name] = json.dumps({name: files[name] for name in sorted(files) if name.endswith(".safetensors")})
     return digests
+
+
+def _exported(run: Path) -> dict[str, str]:
+    """Digests of the model that the run leaves beside its checkpoints."""
+    paths = (
+        path for path in run.rglob("*.safetensors") if not path.relative_to(run).parts[0].startswith("checkpoint-")
+    )
+    found = {path.relative_to(run).as_posix(): digest_of(path) for path in paths}
+    if not found:
+        raise RuntimeError(f"{run.name} left no model")
+    return found
 
 
 def main() -> None:

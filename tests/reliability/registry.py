@@ -4,7 +4,7 @@ To plug in:
 * a scheduler: one line in `SCHEDULERS`;
 * a pipeline: a `PipelineSubject` in `PIPELINES` (how to build a tiny one, one good call, how to load a saved one);
 * a public class or function: a `Function` in `functions.py`;
-* a training script: a `Script` in `SCRIPTS` with the arguments of a run of a few seconds.
+* a training script: a `Script` in `SCRIPTS` with the arguments of a run of a few short steps.
 
 Values of a fuzzed argument are drawn from two lists, `good` and `bad`. A value that is a `Made` is computed anew for each draw
 from the draw's own random numbers.
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.helpers.tiny_models import IMAGE_SIZE, tiny_components
+from tests.helpers.tiny_models import IMAGE_SIZE, tiny_components, tiny_vae
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,15 +81,16 @@ class PipelineSubject:
 
 @dataclass(frozen=True)
 class Script:
-    """A training script: importable module with `main(argv)`, and the arguments of a run of `steps` short steps.
+    """A training script: an importable module with `parse_args(list)` and `main(args)`, and a run of a few short steps.
 
-    `arguments(folder)` gives everything but `--resume_from_checkpoint`; the run saves a checkpoint after every step into
-    `folder` and keeps all of them.
+    `prepare(folder)` makes what the runs share. `arguments(run)` gives the command line of a run in the folder `run` beside
+    it, which saves a checkpoint after every step and keeps all of them; `--resume_from_checkpoint` is added by the probe.
     """
 
     name: str
     module: str
     steps: int
+    prepare: Callable[[Path], None]
     arguments: Callable[[Path], list[str]]
 
 
@@ -154,4 +156,33 @@ def shared_pipeline(name: str) -> DiffusionPipeline:
 # Scripts
 # ---------------------------------------------------------------------------------------------------------------------
 
-SCRIPTS: tuple[Script, ...] = ()
+SHORT_RUN = (
+    "--dataset_name emoji-scenes --vendors noto --objects apple star --resolution 16 --dataloader_num_workers 1 "
+    "--train_batch_size 2 --gradient_accumulation_steps 2 --lr_warmup_steps 2 --checkpointing_steps 1 "
+    "--checkpoints_total_limit 1000 --validation_steps 0 --logging_steps 1 --report_to none --num_threads 1"
+).split()
+
+
+def save_tiny_vae(folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tiny_vae().save_pretrained(folder / "vae")
+
+
+def train_text_to_image(run: Path) -> list[str]:
+    own = "--unet_channels 8 16 --norm_num_groups 4 --attention_heads 2 --text_width 8 --text_layers 1 --max_tokens 16"
+    return [
+        *SHORT_RUN, *own.split(), "--num_inference_steps", "1", "--max_train_steps", "12", "--pretrained_vae",
+        str(run.parent / "vae"), "--output_dir", str(run),
+    ]  # fmt: skip
+
+
+def train_autoencoder(run: Path) -> list[str]:
+    own = "--block_out_channels 4 8 --crop_size 16 --crops_per_image 1 --num_validation_images 2 --max_train_steps 12"
+    return [*SHORT_RUN, *own.split(), "--output_dir", str(run)]
+
+
+SCRIPTS: tuple[Script, ...] = (
+    Script("train_text_to_image", "training.train_text_to_image", 12, save_tiny_vae, train_text_to_image),
+    Script("train_autoencoder", "training.train_autoencoder", 12, lambda folder: None, train_autoencoder),
+)

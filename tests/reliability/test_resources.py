@@ -12,10 +12,8 @@ from .registry import PIPELINES
 
 pytestmark = pytest.mark.reliability
 
-# A picture may not cost more than this, whatever it says of itself (`docs/reliability.md`).
+# A picture may not cost more than this, whatever it says of itself. Processor time: a busy machine is no fault of ours.
 SECONDS, MEGABYTES = 0.1, 20.0
-# Shared machines stall a process now and then; on such a one the time alone proves nothing.
-STALL = 1.0
 
 
 def test_hostile_pictures_are_opened_or_refused_in_a_sentence_and_cost_next_to_nothing() -> None:
@@ -25,7 +23,7 @@ def test_hostile_pictures_are_opened_or_refused_in_a_sentence_and_cost_next_to_n
         assert result["outcome"] in ("opened", "refused"), (name, result)
         assert result["wanted"] in ("either", result["outcome"]), (name, result)
         assert result["megabytes"] <= MEGABYTES, (name, result)
-        assert result["seconds"] <= SECONDS + STALL, (name, result)
+        assert result["seconds"] <= SECONDS, (name, result)
         assert len(result["said"].splitlines()) == 1, (name, result)
     bomb = results["100 MP PNG"]
     assert bomb["kilobytes"] < 20 and "10000x10000" in bomb["said"]

@@ -1,0 +1,116 @@
+import importlib.util
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers_ext.training.autoencoding import new_autoencoder
+from PIL import Image
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "training"
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
+# a model of a few thousand weights on pictures of 16 pixels
+TINY_MODEL = [
+    "--resolution=16", "--unet_channels", "16", "16", "--norm_num_groups=4", "--attention_heads=2", "--text_width=16",
+    "--text_layers=1", "--max_tokens=12", "--train_batch_size=4", "--num_threads=1", "--report_to=none",
+    "--validation_prompts", "a red square", "--num_inference_steps=2",
+]  # fmt: skip
+
+
+def load_script(name: str) -> ModuleType:
+    """A training script as a module; the scripts are no package."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def log_entries(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir: Path) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in log_entries(output_dir) if "loss" in entry}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Equal bits need an equal number of threads, and tests must not change it for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures of one coloured square each, with captions: the imagefolder layout."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for i in range(24):
+        (name, colour), (ground, behind) = [list(COLOURS.items())[k] for k in (i % 4, (i // 4 + i + 1) % 4)]
+        pixels = np.full((20, 24, 3), behind, np.uint8)
+        pixels[4 + i % 5 : 12 + i % 5, 5 + i % 7 : 13 + i % 7] = colour
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {name} square on {ground}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained autoencoder of factor 2."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    new_autoencoder((8, 8), norm_num_groups=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_to_image_arguments(picture_folder: Path, vae_folder: Path) -> list[str]:
+    return [*TINY_MODEL, f"--train_data_dir={picture_folder}", f"--pretrained_vae={vae_folder}"]
+
+
+@pytest.fixture
+def train(text_to_image_arguments: list[str], tmp_path: Path) -> Callable[..., Path]:
+    """Runs train_text_to_image.py in this process and returns its folder."""
+    script = load_script("train_text_to_image")
+
+    def run(name: str, *arguments: str) -> Path:
+        output_dir = tmp_path / name
+        script.main(script.parse_args([*text_to_image_arguments, f"--output_dir={output_dir}", *arguments]))
+        return output_dir
+
+    return run
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., Namespace]:
+    """Parsed arguments of train_text_to_image.py, for tests of the trainer alone."""
+
+    def parse(**changes: object) -> Namespace:
+        from diffusers_ext.training.arguments import add_data_arguments, add_training_arguments
+
+        import argparse
+
+        parser = argparse.ArgumentParser()
+        add_data_arguments(parser)
+        add_training_arguments(parser)
+        args = parser.parse_args([f"--output_dir={tmp_path / 'run'}", "--report_to=none", "--lr_warmup_steps=0"])
+        for name, value in changes.items():
+            assert hasattr(args, name), name
+            setattr(args, name, value)
+        return args
+
+    return parse
