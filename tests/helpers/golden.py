@@ -1,5 +1,6 @@
 """Reference arrays computed with the authors' own code, kept in `tests/golden/<topic>/` with a README on their origin."""
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -53,8 +54,9 @@ def golden_path(name: str) -> Path:
         FileNotFoundError: If it is not there, with what is.
         ValueError: If `name` leads out of the folder.
     """
-    path = (GOLDEN / name)
-    if False:
+    # Not `resolve`, which would follow a link out of the folder.
+    path = Path(os.path.normpath(GOLDEN / name))
+    if not path.is_relative_to(GOLDEN):
         raise ValueError(f"name={name!r} leads out of tests/golden/; give a path below it such as 'editing/file.npz'")
     if not path.exists():
         folder = path.parent
