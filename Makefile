@@ -84,5 +84,5 @@ upstream: $(DEV)
 	DIFFUSERS_CHECKOUT="$(CHECKOUT)" $(PY) -m pytest -m upstream $(TESTS)
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(DEMO_DIR)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo
 	find diffusers_ext training tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,7 +34,7 @@ from diffusers import StableDiffusionPipeline  # noqa: E402
 from tests.reliability import damaged, fuzz, wrong_calls  # noqa: E402
 from tests.reliability.outcomes import EMPTY, NOT_FINITE, RAW, VAGUE, Tally  # noqa: E402
 from tests.reliability.programs import run_probe  # noqa: E402
-from tests.reliability.registry import PIPELINES, SCRIPTS  # noqa: E402
+from tests.reliability.registry import PIPELINES  # noqa: E402
 from tests.reliability.sandbox import sandbox  # noqa: E402
 
 
@@ -130,7 +130,7 @@ def damage(report: dict[str, Any]) -> list[Row]:
 
 def kills(report: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
-    for what in ("pipeline", *(["training"] if SCRIPTS else [])):
+    for what in ("pipeline", "training"):
         results = run_probe("kill", what, "--kills", str(KILLS), timeout=1800)
         report[f"kill -9, {what}"] = results
         for name, result in results.items():
@@ -174,11 +174,11 @@ def determinism(report: dict[str, Any]) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
         for subject in PIPELINES:
             subject.build().save_pretrained(Path(scratch) / subject.name)
-        first, second, reloaded = (run_probe("determinism", *where) for where in ((), (), (scratch,)))
-    equal = sum(first[name] == second[name] == reloaded[name] for name in first)
-    report["determinism"] = first
-    said = f"{equal} of {len(first)} bit-equal"
-    return [("two processes, and reloaded", said, "bit-equal", "bit-equal", equal == len(first))]
+        first, second = (run_probe("determinism", scratch) for _ in range(2))
+    equal = sum(first["built"][name] == second["built"][name] == second["reloaded"][name] for name in first["built"])
+    report["determinism"] = first["built"]
+    said = f"{equal} of {len(first['built'])} bit-equal"
+    return [("two processes, and reloaded", said, "bit-equal", "bit-equal", equal == len(first["built"]))]
 
 
 PROBES: dict[str, Callable[[dict[str, Any]], list[Row]]] = {

@@ -70,7 +70,7 @@ class GuideAndRescalePipelineOutput(BaseOutput):
     backward_passes: int = 0
 
 
-class GuideAndRescalePipeline(CheckedLoadingMixin, DDIMInversionMixin, StableDiffusionPipeline):  # type: ignore[misc]
+class GuideAndRescalePipeline(CheckedLoadingMixin, DDIMInversionMixin, StableDiffusionPipeline):
     """Edits pictures by words, without training, with any Stable Diffusion 1.x or 2.x model.
 
     It is made of the components of a `StableDiffusionPipeline` and loads from the same repositories. The scheduler only
@@ -124,9 +124,9 @@ class GuideAndRescalePipeline(CheckedLoadingMixin, DDIMInversionMixin, StableDif
             tokenizer=tokenizer,
             unet=unet,
             scheduler=scheduler,
-            safety_checker=safety_checker,  # type: ignore[arg-type]
-            feature_extractor=feature_extractor,  # type: ignore[arg-type]
-            image_encoder=image_encoder,  # type: ignore[arg-type]
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
             requires_safety_checker=requires_safety_checker,
         )
 
@@ -343,7 +343,7 @@ class GuideAndRescalePipeline(CheckedLoadingMixin, DDIMInversionMixin, StableDif
             return images, has_nsfw_concept, forward_passes, backward_passes
         return GuideAndRescalePipelineOutput(images, has_nsfw_concept, forward_passes, backward_passes)
 
-    def check_inputs(  # type: ignore[override]
+    def check_inputs(
         self,
         *,
         image: Any,

@@ -124,6 +124,7 @@ def new_scheduler(prediction_type: str) -> DDIMScheduler | DPMSolverMultistepSch
             use_flow_sigmas=True,
             flow_shift=1.0,
             solver_order=1,
+            steps_offset=1,  # not used on flow sigmas; the stock pipeline warns about any other value
         )
     return DDIMScheduler(
         num_train_timesteps=TRAIN_TIMESTEPS,

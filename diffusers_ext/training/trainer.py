@@ -90,6 +90,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
         project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
     )
     accelerator = Accelerator(
+        # several processes without a GPU only find each other if this is said
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=project,

@@ -328,7 +328,7 @@ class PipelineConformance(Conformance):
         encoder = attempt("a pipeline of the text parts alone", self.pipeline, **text)
         prompt = self.get_dummy_inputs()["prompt"]
         with torch.no_grad():
-            embeds, negative = encoder.encode_prompt(prompt, **self.encode_prompt_kwargs)
+            embeds, negative = attempt("encode_prompt", encoder.encode_prompt, prompt, **self.encode_prompt_kwargs)
         pipe = self.pipeline()
         given = self.call(pipe, prompt=None, prompt_embeds=embeds, negative_prompt_embeds=negative)
         torch.testing.assert_close(given, self.call(pipe), msg="embeddings made in isolation paint another picture")

@@ -59,7 +59,7 @@ def run_fresh(
     imports: Sequence[str] = ("diffusers_ext",),
     env: Mapping[str, str] | None = None,
     check: bool = True,
-    timeout: float = 240,
+    timeout: float = 400,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a new interpreter after `import <name>` for each of `imports`.
 
@@ -75,7 +75,7 @@ def run_fresh(
             Environment variables over those of this process.
         check (`bool`, *optional*, defaults to `True`):
             Whether a failure raises.
-        timeout (`float`, *optional*, defaults to 240):
+        timeout (`float`, *optional*, defaults to 400):
             Seconds after which the interpreter is stopped.
 
     Returns:

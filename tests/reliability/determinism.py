@@ -25,4 +25,4 @@ def digests(folder: str | None = None) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    json.dump(digests(sys.argv[1] if len(sys.argv) > 1 else None), sys.stdout)
+    json.dump({"built": digests(), "reloaded": digests(sys.argv[1])}, sys.stdout)

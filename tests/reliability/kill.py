@@ -228,21 +228,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("pipeline", "training"))
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--only", help="name of one pipeline or script")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
     with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
-        if args.what == "pipeline":
-            for subject in PIPELINES:
+        for subject in PIPELINES if args.what == "pipeline" else SCRIPTS:
+            if args.only in (None, subject.name):
                 place = Path(scratch) / subject.name
                 place.mkdir()
-                results[subject.name] = kill_pipeline_saves(subject, args.kills, place, args.seed)
-        else:
-            for script in SCRIPTS:
-                place = Path(scratch) / script.name
-                place.mkdir()
-                results[script.name] = kill_training(script, args.kills, place, args.seed)
+                probe = kill_training if isinstance(subject, Script) else kill_pipeline_saves
+                results[subject.name] = probe(subject, args.kills, place, args.seed)  # type: ignore[arg-type,operator]
     print(json.dumps(results))
 
 

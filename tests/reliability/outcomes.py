@@ -82,7 +82,7 @@ def _kind_of_error(error: Exception, arguments: Mapping[str, Any], package: str)
     if package != LIBRARY:
         return REFUSED
     if isinstance(error, (DamagedFileError, UnsafeFileError)):
-        return REFUSED if re.search(r"[\w-]+\.(json|safetensors|bin|png)\b", message) else VAGUE
+        return REFUSED if re.search(r"[\w-]+\.(json|safetensors|bin|png)\b|/\w", message) else VAGUE
     return REFUSED if any(_names(message, name, value) for name, value in arguments.items()) else VAGUE
 
 

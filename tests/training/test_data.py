@@ -10,6 +10,9 @@ from PIL import Image
 from .conftest import COLOURS
 
 
+OBJECTS = ["apple", "star", "car", "fish"]
+
+
 def test_a_folder_source_reads_pictures_and_captions_of_the_same_line(picture_folder: Path):
     source = FolderSource(picture_folder, seed=0, resolution=16)
     items = source.draw(step=0, count=8)
@@ -53,7 +56,7 @@ def test_faulty_metadata_is_named_with_its_line(tmp_path: Path, lines: str | Non
 
 
 def test_emoji_scenes_of_a_step_are_always_the_same_and_never_those_of_another():
-    source = EmojiSource(seed=1, resolution=32, objects=["apple", "star", "car", "fish"])
+    source = EmojiSource(seed=1, resolution=32, objects=OBJECTS)
     first, again, other = source.draw(5, 6), source.draw(5, 6), source.draw(6, 6)
     assert torch.equal(source.images(first), source.images(again))
     assert not torch.equal(source.images(first), source.images(other))
@@ -61,13 +64,14 @@ def test_emoji_scenes_of_a_step_are_always_the_same_and_never_those_of_another()
 
 
 def test_a_slice_of_the_global_batch_is_rendered_as_within_it():
-    source = EmojiSource(seed=1, resolution=32, objects=["apple", "star", "car", "fish"])
+    source = EmojiSource(seed=1, resolution=32, objects=OBJECTS)
     items = source.draw(0, 6)
     torch.testing.assert_close(source.images(items)[2:4], source.images(items[2:4]), atol=1e-6, rtol=0)
 
 
 def test_the_vocabulary_of_emoji_scenes_covers_its_captions():
-    source = EmojiSource(seed=0, resolution=32, vendors=["noto", "twemoji"])
+    source = EmojiSource(seed=0, resolution=32, vendors=["noto", "twemoji"], objects=OBJECTS)
     known = {word for sentence in source.vocabulary() for word in sentence.split()}
     spoken = {word for caption in source.captions(source.draw(0, 500)) for word in caption.split()}
     assert spoken <= known
+    assert {"noto", "style", "striped", "teal"} <= spoken

@@ -1,6 +1,8 @@
+import re
 from pathlib import Path
 
 import pytest
+from diffusers_ext.data.words import BACKGROUNDS, OBJECTS, PATTERNS
 from diffusers_ext.training.data import EmojiSource
 from diffusers_ext.training.text_to_image import new_text_encoder
 from diffusers_ext.training.tokenizer import train_tokenizer
@@ -53,11 +55,12 @@ def test_merges_can_be_limited():
     assert len(train_tokenizer(CAPTIONS, max_merges=3)) == 2 + 512 + 3
 
 
-def test_words_of_the_emoji_scenes_are_single_tokens_and_prompts_fit():
-    source = EmojiSource(seed=0, resolution=32)
-    tokenizer = train_tokenizer(source.vocabulary())
-    for caption in source.captions(source.draw(0, 200)):
-        assert len(tokenizer(caption).input_ids) == len(caption.replace("-", " - ").split()) + 2 <= 24
+def test_words_of_all_emoji_scenes_are_single_tokens_even_when_few_are_trained_on():
+    tokenizer = train_tokenizer(EmojiSource(seed=0, resolution=32, objects=["apple", "star"]).vocabulary())
+    for phrase in (*OBJECTS.values(), *BACKGROUNDS, *PATTERNS):
+        assert len(tokenizer(phrase).input_ids) == len(re.findall(r"[a-z]+|-", phrase)) + 2, phrase
+    longest = "a yellow teddy bear in fluent style on a yellow checkered background"
+    assert len(tokenizer(longest).input_ids) == 14
 
 
 def test_the_text_encoder_reads_the_end_token_where_it_is():
