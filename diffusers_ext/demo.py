@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from . import GuideAndRescalePipeline
 from .data import DEMO_OBJECTS, EmojiScenes, Scenes
 from .hub import load_pipeline, native_size, resolve_model
+from .metrics import psnr
 from .reports import save_image, versions, write_json
 from .sheets import Tile, contact_sheet
 
@@ -179,15 +180,15 @@ def _edit_scene(
     seconds = time.perf_counter() - start
 
     reconstruction, results = plain.images[0], edited.images
-    reconstruction_psnr = round(_psnr(_to_tensor(reconstruction), before[0]), 2)
+    reconstruction_psnr = round(float(psnr(_to_tensor(reconstruction)[None], before)), 2)
     tiles = [Tile(picture, source_prompt), Tile(reconstruction, f"{reconstruction_psnr:.1f} dB to the source")]
     tiles += [Tile(image, prompt, compare=source_prompt) for image, prompt in zip(results, prompts, strict=True)]
     edits = [
         {
             "label": label,
             "prompt": prompt,
-            "psnr": round(_psnr(_to_tensor(image), true), 2),
-            "psnr_unedited": round(_psnr(before[0], true), 2),
+            "psnr": round(float(psnr(_to_tensor(image)[None], true[None])), 2),
+            "psnr_unedited": round(float(psnr(before, true[None])), 2),
         }
         for (label, _), prompt, image, true in zip(scene.edits, prompts, results, truth, strict=True)
     ]
@@ -211,9 +212,3 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
     width, height = image.size
     flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     return flat.reshape(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1.0
-
-
-def _psnr(image: torch.Tensor, truth: torch.Tensor) -> float:
-    """In dB, for pictures in [-1, 1], so with a peak of 2."""
-    error = (image - truth).square().mean().clamp_min(1e-12)
-    return float(10.0 * torch.log10(4.0 / error))

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.helpers.tiny_models import IMAGE_SIZE, tiny_stable_diffusion, tiny_stable_diffusion_xl
 
 import diffusers_ext
 from diffusers_ext.cli import main
 from diffusers_ext.data import DEMO_OBJECTS, EmojiScenes
 from diffusers_ext.demo import SCENES, DemoScene, describe, run_demo
 from diffusers_ext.imaging import fit_square, open_image
+from tests.helpers.tiny_models import IMAGE_SIZE, tiny_stable_diffusion, tiny_stable_diffusion_xl
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import huggingface_hub.errors
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from tests.helpers.tiny_models import IMAGE_SIZE, tiny_stable_diffusion, tiny_stable_diffusion_xl
 
 from diffusers_ext import hub
 from diffusers_ext.hub import (
@@ -21,6 +20,7 @@ from diffusers_ext.hub import (
     resolve_device,
     resolve_model,
 )
+from tests.helpers.tiny_models import IMAGE_SIZE, tiny_stable_diffusion, tiny_stable_diffusion_xl
 
 
 @pytest.fixture(scope="module")

@@ -168,7 +168,9 @@ class EmojiScenes:
         generator = torch.Generator().manual_seed(_seed(seed))
         weights = self._weights["train"] + self._weights["held_out"] if split == "all" else self._weights[split]
         if not weights.any():
-            raise ValueError(f"split={split!r} is empty for objects={list(self.object_names)}; add objects or use 'all'")
+            raise ValueError(
+                f"split={split!r} is empty for objects={list(self.object_names)}; add objects or use 'all'"
+            )
         flat = torch.zeros(0, dtype=torch.long)
         if n:
             flat = torch.multinomial(weights.flatten(), n, replacement=True, generator=generator)
@@ -201,10 +203,11 @@ class EmojiScenes:
         """
         n = len(scenes)
         chance = np.random.default_rng(_seed(seed)).random((n, 2)) if drop else np.ones((n, 2))
-        labels = zip(*(getattr(scenes, name).tolist() for name in ("object", "colour", "background", "pattern", "vendor")))
+        names = ("object", "colour", "background", "pattern", "vendor")
+        labels = zip(*(getattr(scenes, name).tolist() for name in names))
         return [
-            self._caption(*label, with_background=background >= 0.1, with_style=style >= 0.5)
-            for label, (background, style) in zip(labels, chance)
+            self._caption(o, c, b, p, v, with_background=background >= 0.1, with_style=style >= 0.5)
+            for (o, c, b, p, v), (background, style) in zip(labels, chance)
         ]
 
     def _caption(
@@ -306,7 +309,8 @@ def vendor_pairs(
         drawn.append(compose(stack.float() / 255.0, backdrop, resolution))
         prompts.append([f"{article(pair[side][1])} {pair[side][1]} on {place}" for pair, place in zip(chosen, places)])
     (before, inside), (after, also_inside) = drawn
-    return EditPairs(family, before, after, torch.maximum(inside, also_inside), *prompts, backdrop, backdrop)
+    union = torch.maximum(inside, also_inside)
+    return EditPairs(family, before, after, union, prompts[0], prompts[1], backdrop, backdrop)
 
 
 def compose(sprites: torch.Tensor, scenes: Scenes, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:

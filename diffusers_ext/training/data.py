@@ -8,7 +8,7 @@ import json
 import queue
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,7 +136,7 @@ class FolderSource:
         picture = open_image(self.folder / name)
         side = self.resolution
         scale = side / min(picture.size)
-        size = tuple(max(side, round(length * scale)) for length in picture.size)
+        size = (max(side, round(picture.width * scale)), max(side, round(picture.height * scale)))
         picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
         left, top = (size[0] - side) // 2, (size[1] - side) // 2
         return np.asarray(picture.crop((left, top, left + side, top + side)))
@@ -176,7 +176,7 @@ def _read_metadata(folder: Path, image_column: str, caption_column: str | None) 
     return files, texts
 
 
-def prefetched(make: Callable[[int], Any], steps: range, depth: int) -> Iterator[Any]:
+def prefetched(make: Callable[[int], Any], steps: range, depth: int) -> Generator[Any, None, None]:
     """`make(step)` for every step, computed ahead in a background thread.
 
     Args:

@@ -79,9 +79,7 @@ def learning_rate_factor(
 
 def make_accelerator(args: Namespace) -> Accelerator:
     """Sets up logging, threads and the Accelerator of a training script."""
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO
-    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for chatty in ("httpx", "huggingface_hub", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if args.num_threads:
@@ -117,7 +115,8 @@ class Trainer:
     def __init__(self, args: Namespace, accelerator: Accelerator, module: nn.Module):
         self.args = args
         self.accelerator = accelerator
-        self.module = module.to(accelerator.device, memory_format=torch.channels_last)
+        # the stubs of `Module.to` do not know memory_format
+        self.module: nn.Module = module.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.step = 0
         self.seconds = 0.0
         self._named = {name: value for name, value in module.named_parameters() if value.requires_grad}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers_ext.training.autoencoding import new_autoencoder
 from PIL import Image
+
+from diffusers_ext.training.autoencoding import new_autoencoder
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,9 +101,9 @@ def settings(tmp_path: Path) -> Callable[..., Namespace]:
     """Parsed arguments of train_text_to_image.py, for tests of the trainer alone."""
 
     def parse(**changes: object) -> Namespace:
-        from diffusers_ext.training.arguments import add_data_arguments, add_training_arguments
-
         import argparse
+
+        from diffusers_ext.training.arguments import add_data_arguments, add_training_arguments
 
         parser = argparse.ArgumentParser()
         add_data_arguments(parser)

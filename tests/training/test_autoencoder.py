@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+
 from diffusers_ext.training.autoencoding import new_autoencoder, normalise_latents, reconstruction_loss
 from diffusers_ext.training.checkpoints import list_checkpoints
 

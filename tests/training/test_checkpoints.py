@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from diffusers_ext.training.checkpoints import (
     CheckpointError,
     find_checkpoint,
@@ -22,7 +23,10 @@ from diffusers_ext.training.checkpoints import (
 
 
 def contents(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
-    return {"model": {"weight": torch.full((size,), float(step))}, "ema": {"weight": torch.full((size,), -float(step))}}
+    return {
+        "model": {"weight": torch.full((size,), float(step))},
+        "ema": {"weight": torch.full((size,), -float(step))},
+    }
 
 
 def names(folder: Path) -> list[str]:
@@ -49,7 +53,9 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path):
-    tensors = {"model": {"a.b": torch.randn(2, 3).to(memory_format=torch.contiguous_format), "step": torch.tensor(4.0)}}
+    tensors = {
+        "model": {"a.b": torch.randn(2, 3).to(memory_format=torch.contiguous_format), "step": torch.tensor(4.0)}
+    }
     folder = save_checkpoint(tmp_path, 12, tensors, {"args": {"seed": 1}})
     loaded, state = load_checkpoint(folder)
     assert folder.name == "checkpoint-12"
@@ -64,7 +70,10 @@ def test_channels_last_weights_keep_their_values(tmp_path: Path):
 
 
 def test_nothing_in_a_checkpoint_needs_unpickling(tmp_path: Path):
-    assert {path.suffix for path in save_checkpoint(tmp_path, 1, contents(1), {}).iterdir()} == {".safetensors", ".json"}
+    assert {path.suffix for path in save_checkpoint(tmp_path, 1, contents(1), {}).iterdir()} == {
+        ".safetensors",
+        ".json",
+    }
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path):

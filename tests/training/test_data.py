@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers_ext.training.data import EmojiSource, FolderSource
 from PIL import Image
+
+from diffusers_ext.training.data import EmojiSource, FolderSource
 
 from .conftest import COLOURS
 

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers_ext.training import export
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
+
+from diffusers_ext.training import export
 
 
 def write_parts(text: str):
@@ -22,7 +23,12 @@ def test_a_model_is_installed_beside_the_files_of_the_run(tmp_path: Path):
     (tmp_path / "log.jsonl").write_text("{}")
     export.install_model(write_parts("one"), tmp_path)
     export.install_model(write_parts("two"), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "log.jsonl", "model_index.json", "unet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-5",
+        "log.jsonl",
+        "model_index.json",
+        "unet",
+    ]
     assert (tmp_path / "unet" / "weights").read_text() == (tmp_path / "model_index.json").read_text() == "two"
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
+
 from diffusers_ext.training.coupling import couple
 from diffusers_ext.training.objectives import (
     PREDICTION_TYPES,

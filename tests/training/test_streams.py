@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from diffusers_ext.training.streams import epoch_rows, stream, stream_seed
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
 from diffusers_ext.training.checkpoints import list_checkpoints
 from diffusers_ext.training.text_to_image import new_unet
-from safetensors.torch import load_file
 
 from .conftest import SCRIPTS, losses
 
@@ -41,7 +42,9 @@ def test_the_trained_folder_is_a_stock_pipeline(train: Train, prediction_type: s
     pipe.set_progress_bar_config(disable=True)
     expected = "flow_prediction" if prediction_type == "flow" else prediction_type
     assert pipe.scheduler.config.prediction_type == expected
-    images = pipe("a red square", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    images = pipe(
+        "a red square", num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(0)
+    ).images
     assert images.shape == (1, 3, 16, 16) and bool(torch.isfinite(images).all())
 
 
@@ -77,7 +80,9 @@ def test_half_precision_export_loads_plainly_and_is_half_the_size(train: Train):
 
 def test_a_trained_pipeline_can_be_trained_further(train: Train):
     first = train("first", "--max_train_steps=2")
-    second = train("second", f"--pretrained_model_name_or_path={first}", "--max_train_steps=2", "--pretrained_vae", str(first))
+    second = train(
+        "second", f"--pretrained_model_name_or_path={first}", "--max_train_steps=2", "--pretrained_vae", str(first)
+    )
     tensors = load_file(second / "checkpoint-2" / "model.safetensors")
     assert all(name.startswith("unet.") for name in tensors), "the text encoder is frozen when fine-tuning"
     name = Path("text_encoder") / "model.safetensors"
@@ -85,14 +90,21 @@ def test_a_trained_pipeline_can_be_trained_further(train: Train):
     assert all(torch.equal(before[key], value) for key, value in after.items())
 
 
-@pytest.mark.parametrize("option", [["--noise_coupling=immiscible"], ["--snr_gamma=1"], ["--gradient_accumulation_steps=2"]])
+@pytest.mark.parametrize(
+    "option", [["--noise_coupling=immiscible"], ["--snr_gamma=1"], ["--gradient_accumulation_steps=2"]]
+)
 def test_options_of_the_objective_change_the_training_and_nothing_else(train: Train, option: list[str]):
     plain, other = train("plain", "--max_train_steps=2"), train("other", "--max_train_steps=2", *option)
     assert weights_digest(plain) != weights_digest(other)
-    assert load_file(plain / "checkpoint-2/model.safetensors").keys() == load_file(other / "checkpoint-2/model.safetensors").keys()
+    assert (
+        load_file(plain / "checkpoint-2/model.safetensors").keys()
+        == load_file(other / "checkpoint-2/model.safetensors").keys()
+    )
 
 
-def test_dropping_every_prompt_makes_captions_meaningless(train: Train, text_to_image_arguments: list[str], tmp_path: Path):
+def test_dropping_every_prompt_makes_captions_meaningless(
+    train: Train, text_to_image_arguments: list[str], tmp_path: Path
+):
     trained = train("trained", "--max_train_steps=3", "--proportion_empty_prompts=1", "--learning_rate=1e-2")
     words = load_file(trained / "checkpoint-3" / "optimizer.safetensors")
     moved = words["exp_avg.text_encoder.embeddings.token_embedding.weight"].abs().sum(1).nonzero().flatten().tolist()
@@ -161,14 +173,21 @@ def test_a_killed_and_resumed_run_has_the_bits_of_an_uninterrupted_one(
     assert process.returncode == -signal.SIGKILL
     assert 0 < list_checkpoints(killed)[-1][0] < 60 and not (killed / "model_index.json").exists()
 
-    assert weights_digest(train("killed", *common, "--resume_from_checkpoint=latest")) == weights_digest(train("whole", *common))
+    assert weights_digest(train("killed", *common, "--resume_from_checkpoint=latest")) == weights_digest(
+        train("whole", *common)
+    )
 
 
 @pytest.mark.reliability
 def test_two_processes_train_on_the_batch_of_one(train: Train, text_to_image_arguments: list[str], tmp_path: Path):
     common = ["--max_train_steps=3", "--logging_steps=1", "--validation_steps=0"]
     folder = tmp_path / "two"
-    launcher = ["-m", "accelerate.commands.launch", f"--config_file={CONFIGS / 'cpu_2_gloo.yaml'}", "--main_process_port=0"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        f"--config_file={CONFIGS / 'cpu_2_gloo.yaml'}",
+        "--main_process_port=0",
+    ]
     process = start([*text_to_image_arguments, *common, "--train_batch_size=4", f"--output_dir={folder}"], *launcher)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]

@@ -2,11 +2,12 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import CLIPTokenizer
+
 from diffusers_ext.data.words import BACKGROUNDS, OBJECTS, PATTERNS
 from diffusers_ext.training.data import EmojiSource
 from diffusers_ext.training.text_to_image import new_text_encoder
 from diffusers_ext.training.tokenizer import train_tokenizer
-from transformers import CLIPTokenizer
 
 
 CAPTIONS = ["a red apple on a blue background", "a green star on a pink background", "a star"]
@@ -66,7 +67,9 @@ def test_words_of_all_emoji_scenes_are_single_tokens_even_when_few_are_trained_o
 def test_the_text_encoder_reads_the_end_token_where_it_is():
     tokenizer = train_tokenizer(CAPTIONS)
     encoder = new_text_encoder(tokenizer, width=16, layers=1, heads=2).eval()
-    batch = tokenizer(["a star", "a red apple on a blue background"], padding="max_length", return_tensors="pt").input_ids
+    batch = tokenizer(
+        ["a star", "a red apple on a blue background"], padding="max_length", return_tensors="pt"
+    ).input_ids
     output = encoder(batch)
     for row, position in enumerate((3, 8)):
         assert (output.last_hidden_state[row, position] - output.pooler_output[row]).abs().max() < 1e-6

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
+
 from diffusers_ext.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
 from diffusers_ext.training.data import prefetched
 from diffusers_ext.training.ema import WeightAverage
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, TrainingDivergedError, learning_rate_factor
-from torch import nn
 
 from .conftest import losses
 
@@ -118,7 +119,9 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(settings: Sett
 
     common = {"max_train_steps": 5, "checkpointing_steps": 100}
     one = fit(settings(train_batch_size=8, output_dir=settings().output_dir + "1", **common), no_dropout_loss)
-    split = settings(train_batch_size=2, gradient_accumulation_steps=4, output_dir=settings().output_dir + "4", **common)
+    split = settings(
+        train_batch_size=2, gradient_accumulation_steps=4, output_dir=settings().output_dir + "4", **common
+    )
     four = fit(split, no_dropout_loss)
     torch.testing.assert_close(one.module.line.weight, four.module.line.weight)
 
@@ -166,7 +169,9 @@ def test_a_changed_argument_is_reported_on_resume(settings: Settings, caplog):
 
 def test_a_new_run_does_not_start_in_the_folder_of_another(settings: Settings):
     fit(settings(max_train_steps=2))
-    with pytest.raises(CheckpointError, match="already holds checkpoint-2 of another run; add --resume_from_checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="already holds checkpoint-2 of another run; add --resume_from_checkpoint"
+    ):
         fit(settings(max_train_steps=2))
 
 
