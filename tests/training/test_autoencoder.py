@@ -88,7 +88,7 @@ def test_the_trained_folder_is_a_stock_autoencoder_with_card_and_metrics(train: 
     metrics = json.loads((folder / "metrics.json").read_text())
     entries = log_entries(folder)
     assert [entry["psnr"] for entry in entries if "psnr" in entry][-1] == metrics["psnr"]
-    assert entries[0]["loss"] > 1.5 * [entry for entry in entries if "loss" in entry][-1]["loss"]
+    assert entries[0]["loss"] > 1.1 * [entry for entry in entries if "loss" in entry][-1]["loss"]
     assert f"{metrics['psnr']:.2f} dB" in (folder / "README.md").read_text()
     assert (folder / "samples" / "step-0000020.png").is_file()
     assert [step for step, _ in list_checkpoints(folder)] == [40]
