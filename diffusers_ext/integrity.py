@@ -175,6 +175,7 @@ class CheckedLoadingMixin:
             if key in modules:
                 _check_complete(folder / key, modules[key], kwargs.get("variant"))
         _check_numbers(pipeline.components, folder)
+        _check_lengths(pipeline.components, folder)
         return pipeline
 
     def save_pretrained(
@@ -313,12 +314,15 @@ def _translated(error: Exception, folder: Path) -> Exception | None:
         return None
     component = _component_being_loaded(error)
     if component is None:
-        # Not about a component's files: the caller's arguments, or what fits none of the declared components.
-        if isinstance(error, (OSError, ValueError, NotImplementedError, ImportError)):
+        # Not about a component's files: the caller's arguments, or what a pipeline says of the components it is given.
+        # Subclasses of ValueError, but for ours, are not sentences (a version that cannot be parsed, a failed decoding).
+        if isinstance(error, (OSError, NotImplementedError, ImportError)) or type(error) is ValueError:
+            return None
+        if type(error).__module__.split(".")[0] == __name__.split(".")[0]:
             return None
         return DamagedFileError(
-            f"{folder / INDEX_NAME} does not describe a pipeline that can be built ({type(error).__name__}: "
-            f"{first_line(error)}); save or fetch it again"
+            f"{folder} cannot be built into a pipeline: its {INDEX_NAME} or the config.json of a component is damaged "
+            f"({type(error).__name__}: {first_line(error)}); save or fetch it again"
         )
     if isinstance(error, OSError) and component in str(error):
         return None
@@ -375,6 +379,18 @@ def _check_numbers(components: Mapping[str, Any], folder: Path) -> None:
         if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor == 0):
             raise DamagedFileError(
                 f"{folder / name}: scaling_factor={factor!r} in its config.json is not a number other than 0; fetch it again"
+            )
+
+
+def _check_lengths(components: Mapping[str, Any], folder: Path) -> None:
+    """CLIP pads each prompt to its tokenizer's length, which transformers takes to be endless if the file does not say."""
+    for name, component in components.items():
+        length = getattr(component, "model_max_length", 1)
+        longest = 2**20 if "CLIP" in type(component).__name__ else math.inf
+        if not isinstance(length, int) or not 1 <= length <= longest:
+            raise DamagedFileError(
+                f"{folder / name}: model_max_length={length!r} of its tokenizer_config.json is not a number of tokens; fetch "
+                "it again"
             )
 
 

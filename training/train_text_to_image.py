@@ -8,6 +8,7 @@ The output folder loads with `StableDiffusionPipeline.from_pretrained(output_dir
 """
 
 import argparse
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -217,15 +218,21 @@ def main(args: argparse.Namespace) -> None:
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, dtype: str) -> None:
-    """Writes the pipeline; half precision by way of a copy, because the parts themselves are still being trained."""
+    """Writes the pipeline; half precision by way of a copy, because the parts themselves may still be trained."""
     if dtype == "fp32":
         pipeline.save_pretrained(folder)
         return
     with tempfile.TemporaryDirectory(prefix=".full-", dir=folder) as full:
         pipeline.save_pretrained(full)
-        half = StableDiffusionPipeline.from_pretrained(full, dtype=torch.float16)
-        half.register_to_config(_name_or_path=None)  # a folder that is about to go
-        half.save_pretrained(folder)
+        StableDiffusionPipeline.from_pretrained(full, dtype=torch.float16).save_pretrained(folder)
+    for path in folder.glob("**/*.json"):
+        if path.name in ("model_index.json", "config.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)  # a folder that is gone by now
+            if "dtype" in config:
+                # transformers computes in the type named here, diffusers in float32: the parts would not fit together
+                config["dtype"] = "float32"
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_model_card(

@@ -192,6 +192,7 @@ def prefetched(make: Callable[[int], Any], steps: range, depth: int) -> Generato
         return
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
+    num_threads = torch.get_num_threads()
 
     def offer(entry: tuple[Any, BaseException | None]) -> None:
         while not stopped.is_set():
@@ -202,6 +203,8 @@ def prefetched(make: Callable[[int], Any], steps: range, depth: int) -> Generato
                 continue
 
     def work() -> None:
+        # OpenMP starts a new thread with the number of the environment, not the one that was set in this process
+        torch.set_num_threads(num_threads)
         try:
             for step in steps:
                 if stopped.is_set():

@@ -198,8 +198,9 @@ class PipelineConformance(Conformance):
         assert set(pipe.components) <= set(parameters), "components holds what the constructor does not take"
         twin = self.pipeline_class(**pipe.components, **self.init_kwargs)
         twin.set_progress_bar_config(disable=True)
-        assert all(twin.components[name] is part for name, part in pipe.components.items())
-        assert torch.equal(self.call(twin), self.call(pipe))
+        other = [name for name, part in pipe.components.items() if twin.components[name] is not part]
+        assert not other, f"{other} are not the parts that the pipeline was built from"
+        assert torch.equal(self.call(twin), self.call(pipe)), "a pipeline of the same components paints otherwise"
 
     def test_half_precision_gives_finite_results(self) -> None:
         for dtype in (torch.bfloat16, torch.float16):
@@ -212,7 +213,7 @@ class PipelineConformance(Conformance):
         loaded = self.load(tmp_path, dtype=torch.bfloat16)
         for name, module in self.modules(loaded).items():
             assert module.dtype == torch.bfloat16, f"{name} came back as {module.dtype}"
-        assert torch.equal(self.call(loaded), self.call(pipe))
+        assert torch.equal(self.call(loaded), self.call(pipe)), "a reloaded half-precision pipeline paints otherwise"
 
     def test_optional_components_may_be_left_out(self, tmp_path: Path) -> None:
         if not self.pipeline_class._optional_components:
@@ -224,7 +225,7 @@ class PipelineConformance(Conformance):
         loaded = attempt("from_pretrained", self.load, tmp_path)
         left = [name for name in pipe._optional_components if getattr(loaded, name) is not None]
         assert not left, f"{left} came back although they were None"
-        assert torch.equal(self.call(loaded), self.call(pipe))
+        assert torch.equal(self.call(loaded), self.call(pipe)), "without optional components it paints otherwise"
 
     def test_it_moves_to_an_accelerator_and_back(self) -> None:
         if not torch.cuda.is_available():
@@ -233,7 +234,8 @@ class PipelineConformance(Conformance):
         expected = self.call(pipe)
         for device in ("cuda", "cpu"):
             pipe.to(device)
-            assert {module.device.type for module in self.modules(pipe).values()} == {device}
+            found = {module.device.type for module in self.modules(pipe).values()}
+            assert found == {device}, f"moved to {device}, found on {sorted(found)}"
             error = (self.call(pipe).cpu() - expected).abs().max().item()
             assert error < 1e-2, f"the picture made on {device} differs by {error:.1e}"
         pipe.enable_model_cpu_offload()
@@ -242,9 +244,10 @@ class PipelineConformance(Conformance):
 
     def test_it_changes_precision_with_to(self) -> None:
         pipe = self.pipeline()
-        assert {module.dtype for module in self.modules(pipe).values()} == {torch.float32}
-        pipe.to(dtype=torch.float16)
-        assert {module.dtype for module in self.modules(pipe).values()} == {torch.float16}
+        for dtype in (torch.float32, torch.float16):
+            pipe.to(dtype=dtype)
+            found = {name: module.dtype for name, module in self.modules(pipe).items()}
+            assert set(found.values()) == {dtype}, f"after .to(dtype={dtype}) the components are {found}"
 
     def test_several_images_per_prompt(self) -> None:
         pipe = self.pipeline()
@@ -255,7 +258,7 @@ class PipelineConformance(Conformance):
     def test_guidance_scale_takes_effect(self) -> None:
         pipe = self.pipeline()
         without, strong = (self.call(pipe, guidance_scale=scale) for scale in (1.0, 7.5))
-        assert without.shape == strong.shape
+        assert without.shape == strong.shape, f"guidance changes the shape to {tuple(strong.shape)}"
         assert not torch.equal(without, strong), "guidance_scale=7.5 gives the picture of 1.0"
 
     def test_a_callback_sees_and_replaces_the_tensors(self) -> None:
@@ -309,7 +312,7 @@ class PipelineConformance(Conformance):
         loaded = self.modules(self.load(tmp_path, variant=VARIANT))
         for name, module in self.modules(pipe).items():
             weights = dict(loaded[name].named_parameters())
-            assert set(weights) == set(dict(module.named_parameters()))
+            assert set(weights) == set(dict(module.named_parameters())), f"{name} has other weights"
             for key, weight in module.named_parameters():
                 assert torch.equal(weights[key], weight), f"{key} of {name} differs"
 
@@ -338,8 +341,9 @@ class PipelineConformance(Conformance):
         pipe.save_pretrained(tmp_path)
         first, *others = self.modules(pipe)
         loaded = self.modules(self.load(tmp_path, dtype={first: torch.bfloat16, "default": torch.float16}))
-        assert loaded[first].dtype == torch.bfloat16
-        assert {loaded[name].dtype for name in others} == {torch.float16}
+        found = {name: module.dtype for name, module in loaded.items()}
+        wanted = {first: torch.bfloat16, **dict.fromkeys(others, torch.float16)}
+        assert found == wanted, f"asked for {wanted}, loaded {found}"
 
     # -- seven that users need -------------------------------------------------------------------------------------
 

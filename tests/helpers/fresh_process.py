@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _PREAMBLE = """
 import sys
 from tests.helpers.network import network_blocked
-network_blocked().__enter__()
+_blocked = network_blocked()  # kept, or it would be collected and undone
+_blocked.__enter__()
 def _loaded(name):
     for package in ("diffusers_ext", "diffusers", *sys.argv[1:]):
         if package in sys.modules and hasattr(sys.modules[package], name):

@@ -162,7 +162,8 @@ def _load_and_run(
     except (OSError, ValueError) as error:
         # A stock sentence counts if it says which folder, file or component.
         names = (folder.name, ".json", ".safetensors", *(path.name for path in folder.iterdir()), "expected")
-        return (REFUSED if any(name in str(error) for name in names) else RAW), f"{type(error).__name__}: {error}"
+        known = any(name in str(error) for name in names) or _is_ours(error)
+        return (REFUSED if known else RAW), f"{type(error).__name__}: {error}"
     except Exception as error:
         return RAW, f"{type(error).__name__}: {error}"
     try:
