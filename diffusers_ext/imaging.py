@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 2**24
+MAX_SIDE = 2**12  # pixels on a side of a square that is asked for
 # Encoders write pixel data in chunks of 8 kB and more, so a PNG under both limits above stays below this number.
 MAX_PNG_CHUNKS = 2**14
 
@@ -151,6 +152,8 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
     Returns:
         `PIL.Image.Image`: The square in RGB; the picture itself if it already is one.
     """
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_SIDE:
+        raise ValueError(f"size={size!r} must be a whole number of pixels from 1 to {MAX_SIDE}")
     image = check_image(image)
     if image.size == (size, size):
         return image
@@ -162,7 +165,7 @@ def _check_file(name: str) -> None:
     try:
         status = os.stat(name)
     except FileNotFoundError as error:
-        raise ImageError(f"{name} does not exist") from error
+        raise ImageError(f"{name or repr(name)} does not exist; name a picture file") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(status.st_mode):
@@ -275,7 +278,7 @@ def _check_tensor(tensor: torch.Tensor, name: str, max_pixels: int) -> torch.Ten
 def _check_range(low: float, high: float, floor: float, name: str) -> None:
     # NaN spreads through min and max, so looking at the two ends is enough.
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ImageError(f"{name} contains values that are not finite (NaN or infinity)")
+        raise ImageError(f"{name} contains values that are not finite (NaN or infinity); give finite ones")
     slack = 1e-3
     if low < floor - slack or high > 1.0 + slack:
         raise ImageError(f"{name} has values from {low:.3g} to {high:.3g}; floats must lie in [{floor:g}, 1]")

@@ -128,6 +128,10 @@ class EmojiScenes:
     ):
         if not isinstance(resolution, int) or resolution < 8 or resolution % 2:
             raise ValueError(f"resolution={resolution!r} must be an even number of pixels, 8 or more")
+        if sheets is not None and not isinstance(sheets, (str, SpriteSheet, Sequence)):
+            raise ValueError(f"sheets={sheets!r} must be a vendor's name, a SpriteSheet, or a list of them")
+        if objects is not None and (isinstance(objects, str) or not isinstance(objects, Sequence)):
+            raise ValueError(f"objects={objects!r} must be a list of words, for example ['apple', 'star']")
         if sheets is None or isinstance(sheets, (str, SpriteSheet)):
             loaded = [_sheet(sheets)]
         else:
@@ -249,7 +253,7 @@ class EmojiScenes:
             "object": len(self.object_names),
             "vendor": len(self.vendor_names),
         }
-        if kind not in sizes:
+        if not isinstance(kind, str) or kind not in sizes:
             raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(sizes)}")
         _check_count(n)
         first = 1 if kind == "colour" else 0  # "to its native colour" cannot be said in words
@@ -257,7 +261,7 @@ class EmojiScenes:
             raise ValueError(f"kind={kind!r} needs two values to swap, this set has {sizes[kind] - first}")
         source = self.sample(8 * n + 64, seed, split)
         old = getattr(source, kind)
-        generator = torch.Generator().manual_seed(_seed(seed + 7919))
+        generator = torch.Generator().manual_seed(_seed(_seed(seed) + 7919))
         new = torch.randint(first, sizes[kind], old.shape, generator=generator)
         target = source.replace(**{kind: new})
         possible = (self._weights["train"] + self._weights["held_out"]) > 0
@@ -287,7 +291,7 @@ def vendor_pairs(
     Raises:
         ValueError: For an unknown family, or one that the vendor did not draw.
     """
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"family={family!r} is unknown; use one of {', '.join(FAMILIES)}")
     _check_count(n)
     sheet = _sheet(sheet)
@@ -373,6 +377,8 @@ def _place(background: int, pattern: int) -> str:
 
 
 def _seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise ValueError(f"seed={seed!r} must be a whole number")
     return int(seed) % 2**63
 
 

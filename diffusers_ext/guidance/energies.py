@@ -266,7 +266,7 @@ class FeatureEnergy(GuidanceEnergy):
         super().__init__(scale)
         if not isinstance(layer, str) or not layer:
             raise ValueError(f"layer={layer!r} is not the dotted name of a layer, such as 'up_blocks.-1'")
-        if loss not in LOSSES:
+        if not isinstance(loss, str) or loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is not one of {', '.join(LOSSES)}")
         self.layer = layer
         self.loss = loss

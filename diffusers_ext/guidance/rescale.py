@@ -87,6 +87,8 @@ class NormRescaler:
         for name, value in (("low", low), ("high", high)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < 0:
                 raise ValueError(f"rescale_range: {name}={value!r} is not a number of at least 0")
+            if math.isfinite(value) and value > torch.finfo(torch.float32).max:
+                raise ValueError(f"rescale_range: {name}={value!r} is beyond float32; use float('inf') for no bound")
         if low > high or math.isinf(low):
             raise ValueError(
                 f"rescale_range=({low}, {high}) has its lower bound above its upper; give (low, high) with low <= high"

@@ -113,7 +113,9 @@ class InversionOutput(BaseOutput):
         folder = Path(directory)
         path = folder / CONFIG_NAME
         if not path.is_file():
-            raise DamagedFileError(f"{folder} holds no inversion: {CONFIG_NAME} is missing")
+            raise DamagedFileError(
+                f"{folder} holds no inversion: {CONFIG_NAME} is missing; use a folder that InversionOutput.save_pretrained wrote"
+            )
         content = read_json_object(path)
         missing = [key for key in ("file", "sha256", "prompt", *CONFIG_KEYS) if key not in content]
         if missing or content.get("format_version") != FORMAT_VERSION:

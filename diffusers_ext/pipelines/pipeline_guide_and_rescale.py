@@ -399,7 +399,10 @@ class GuideAndRescalePipeline(CheckedLoadingMixin, DDIMInversionMixin, StableDif
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"callback_on_step_end={callback_on_step_end!r} cannot be called")
         if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
-            raise TypeError("callback_on_step_end_tensor_inputs is not a list of names")
+            raise TypeError(
+                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} must be a list of names; use "
+                f"some of {', '.join(self._callback_tensor_inputs)}"
+            )
         for name in callback_on_step_end_tensor_inputs:
             checked_choice(name, "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs)
 

@@ -86,7 +86,7 @@ def darkens_arrays(pipe: Any, call: Any, arguments: dict[str, Any]) -> Any:
     return (output[0] * 0.9, None) if arguments["output_type"] == "np" else output
 
 
-def counts_calls(pipe: Any, call: Any, arguments: dict[str, Any]) -> Any:
+def drifts(pipe: Any, call: Any, arguments: dict[str, Any]) -> Any:
     with torch.no_grad():
         pipe.unet.conv_out.bias += 0.01
     return call(**arguments)
@@ -106,7 +106,7 @@ FAULTS: dict[str, type] = {
     "test_equal_seeds_give_equal_pictures": planted("DrawsFromTheGlobalGenerator", draws_from_the_global_generator),
     "test_a_generator_list_of_wrong_length_is_refused": planted("TakesTheFirstGenerator", first_generator_only),
     "test_a_misspelt_argument_is_an_error": StableDiffusionPipeline,
-    "test_components_build_the_same_pipeline": planted("ChangesItsWeights", counts_calls),
+    "test_components_build_the_same_pipeline": planted("ChangesItsWeights", drifts),
 }
 
 
