@@ -62,10 +62,14 @@ def verify_manifest(folder: str | os.PathLike[str], *, complete: bool = True) ->
 
     Example:
         ```python
+        from pathlib import Path
         from diffusers_ext.integrity import verify_manifest, write_manifest
 
-        write_manifest("my-pipeline")
-        assert verify_manifest("my-pipeline")
+        folder = Path("my-pipeline")
+        folder.mkdir(exist_ok=True)
+        (folder / "model_index.json").write_text("{}")
+        write_manifest(folder)
+        assert verify_manifest(folder)
         ```
     """
     folder = Path(folder)

@@ -9,6 +9,7 @@ from . import run_upstream
 
 
 @pytest.mark.upstream
+@pytest.mark.timeout(3600)
 def test_the_suites_of_diffusers_pass_on_our_classes() -> None:
     if "DIFFUSERS_CHECKOUT" not in os.environ:
         pytest.skip("DIFFUSERS_CHECKOUT does not name a checkout of diffusers")
