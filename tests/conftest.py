@@ -29,11 +29,11 @@ from tests.helpers.network import network_blocked
 
 
 # Examples that build tensors or models take longer than the 200 ms that hypothesis expects of one.
-settings.register_profile("dev", max_examples=20, deadline=None, print_blob=True)
+settings.register_profile("dev", max_examples=20, deadline=None, print_blob=True, derandomize=False)
 settings.register_profile(
     "ci", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
+settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 pytest_plugins = ["tests.hub.fixtures"]
