@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 
 DEFAULT_MODEL_NAME = "emoji-scenes-64"
@@ -63,15 +64,25 @@ def resolve_model(model: str | os.PathLike[str] | None = None) -> str:
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model={model!r} is of type {type(model).__name__}; give a folder or a Hub id")
     text = os.fspath(model)
+    if not text:
+        raise ModelNotFoundError("model='' is empty; give a folder, a Hub id, or leave it out for the demo model")
     path = Path(text).expanduser()
-    if path.is_dir():
+    # Those of `os.path` answer False for a name that no file system takes; those of `Path` raise.
+    if os.path.isdir(path):
         if not (path / INDEX_NAME).is_file():
             raise ModelNotFoundError(f"the folder {text} holds no pipeline: {INDEX_NAME} is missing")
         return str(path)
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelNotFoundError(f"model={text!r} is a file; give the folder that holds {INDEX_NAME}, or a Hub id")
+    shown = text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
     if isinstance(model, os.PathLike) or _looks_like_path(text):
-        raise ModelNotFoundError(f"the model folder {text} does not exist")
+        raise ModelNotFoundError(f"the model folder {shown} does not exist")
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise ModelNotFoundError(
+            f"model={shown!r} is neither a folder that exists nor a Hub id like owner/name"
+        ) from error
     return text
 
 

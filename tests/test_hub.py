@@ -63,6 +63,12 @@ def test_wrong_models_are_named(tmp_path, folder):
         resolve_model(tmp_path)
     with pytest.raises(ModelNotFoundError, match="is a file"):
         resolve_model(folder / "model_index.json")
+    with pytest.raises(ModelNotFoundError, match="model='' is empty"):
+        resolve_model("")
+    with pytest.raises(ModelNotFoundError, match=r"300 characters. does not exist"):
+        resolve_model("x" * 300)
+    with pytest.raises(ModelNotFoundError, match="model='a b/c' is neither a folder that exists nor a Hub id"):
+        resolve_model("a b/c")
     with pytest.raises(TypeError, match="model=7"):
         resolve_model(7)
 

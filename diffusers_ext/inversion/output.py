@@ -163,6 +163,8 @@ class InversionOutput(BaseOutput):
             return "scheduler or model in config is not a dict"
         if not isinstance(self.latents, torch.Tensor) or self.latents.ndim != 5:
             return "latents is not a tensor of shape (steps + 1, batch, channels, height, width)"
+        if not isinstance(self.timesteps, torch.Tensor) or self.timesteps.ndim != 1:
+            return "timesteps is not a tensor of shape (steps,)"
         steps = self.config["num_inference_steps"]
         if self.latents.shape[0] != len(self.timesteps) + 1 or len(self.timesteps) != steps:
             return f"there are {self.latents.shape[0]} states and {len(self.timesteps)} timesteps for {steps} steps"

@@ -161,6 +161,7 @@ def test_a_model_is_recognised_by_its_weights_and_in_another_precision():
         ({"config": {}}, "config has no 'method'"),
         ({"latents": torch.zeros(4, 2, 4, 8)}, "latents is not a tensor of shape"),
         ({"latents": torch.zeros(3, 2, 4, 8, 8)}, "3 states and 3 timesteps for 3 steps"),
+        ({"timesteps": None}, "timesteps is not a tensor of shape"),
         ({"prompt": ["a"]}, "1 prompts for 2 pictures"),
         ({"prompt": "ab"}, "prompt is not a list of str"),
         ({"latents": torch.full((4, 2, 4, 8, 8), float("nan"))}, "not finite"),
