@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
     from .guidance import FeatureEnergy, NormRescaler, SelfAttentionEnergy
     from .inversion import InversionOutput
-    from .pipelines import GuideAndRescalePipeline, GuideAndRescalePipelineOutput
+    from .pipelines import (
+        GuideAndRescalePipeline,
+        GuideAndRescalePipelineOutput,
+        GuideAndRescaleStableDiffusionXLPipeline,
+    )
 
 
 __version__ = "0.1.0"
@@ -27,6 +31,7 @@ _LAZY = {
     "FeatureEnergy": "diffusers_ext.guidance",
     "GuideAndRescalePipeline": "diffusers_ext.pipelines",
     "GuideAndRescalePipelineOutput": "diffusers_ext.pipelines",
+    "GuideAndRescaleStableDiffusionXLPipeline": "diffusers_ext.pipelines",
     "InversionOutput": "diffusers_ext.inversion",
     "ModelMixin": "diffusers",
     "NormRescaler": "diffusers_ext.guidance",
@@ -38,6 +43,7 @@ __all__ = [
     "FeatureEnergy",
     "GuideAndRescalePipeline",
     "GuideAndRescalePipelineOutput",
+    "GuideAndRescaleStableDiffusionXLPipeline",
     "InversionOutput",
     "ModelMixin",
     "NormRescaler",

@@ -1,43 +1,45 @@
-"""Energies that hold an edited picture to its source, and the protocol by which anyone writes more.
+"""What an energy is: the protocol by which anyone writes one, and the shortest way to do so.
 
-Guide-and-Rescale, 2024, arXiv 2409.01322. With A the self-attention probabilities and F the features of the edit, A*, F*
-those of the source at the same noise level:
-
-    self-attention   sum over layers of mean((A - A*)^2)
-    features         mean|F - F*|   (or mean((F - F*)^2))
-
-All energies are computed per sample and in float32: the square of a half precision difference of probabilities is zero.
+An energy says, with one number per sample, how far an edit has gone from its source; guidance lowers it.
 
 **The protocol.** An energy is any object with
 
-    scale: float                       its weight in the sum
-    attach(unet) -> context manager    installs what reads the network, and takes it away again; yields a probe
+    scale: float or (step, num_steps) -> float     its weight in the sum
+    attach(unet) -> context manager                installs what reads the network, and takes it away again; yields a probe
 
-and a probe any object with
+and, if it wants to differ from the defaults,
 
-    begin(phase)                       the next pass is "reference" (the source) or "source" (the edit, with gradient)
-    energy(state) -> (batch,)          float32, differentiable with respect to `state.latents`
+    branch = "source"             the pass of the edit it looks at: with the "source" or with the "target" prompt
+    zero_at_reference = True      whether it is zero where edit and source are the same
 
-[`GuidanceEnergy`] implements both, so that an energy of the latents needs one method: [`GuidanceEnergy.measure`].
+A probe is any object with
+
+    begin(phase)                  the next pass is "reference" (the source picture, with the source prompt), "source" or
+                                  "target" (the edit, with that prompt and with a graph)
+    energy(state) -> (batch,)     float32, differentiable with respect to `state.latents`
+
+After `begin("source")`, one forward and one backward pass follow before the next `begin`; under gradient checkpointing parts of
+the forward pass run again in the backward pass, so what a probe writes down must not depend on how often it is told.
+
+[`GuidanceEnergy`] implements all of it, so that an energy of the latents needs one method: [`GuidanceEnergy.measure`].
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
-from ..attention import (
-    SelfAttentionEnergyProcessor,
-    SelfAttentionRecord,
-    installed_processors,
-    select_self_attention_layers,
-)
 from ..attention.self_attention import Phase
+
+
+Branch = Literal["source", "target"]
+Scale = float | Callable[[int, int], float]
+
+BRANCHES: tuple[Branch, ...] = ("source", "target")
 
 
 def mean_square(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -76,7 +78,7 @@ class GuidanceState:
     Attributes:
         latents (`torch.Tensor` of shape `(batch, channels, height, width)`): The edit; gradients are taken to these.
         reference_latents (`torch.Tensor`): The source picture at the same noise level.
-        noise_pred (`torch.Tensor`): Predicted noise of `latents` with the source prompt, differentiable.
+        noise_pred (`torch.Tensor`): Predicted noise of `latents` with the prompt of the energy's branch, differentiable.
         reference_noise_pred (`torch.Tensor`): Predicted noise of `reference_latents` with the source prompt.
         alpha_bar (`torch.Tensor`): Scalar in (0, 1], the noise level.
         timestep (`torch.Tensor`): Scalar.
@@ -117,11 +119,19 @@ class GuidanceEnergy:
     """Base of the energies, and the shortest way to one's own.
 
     Args:
-        scale (`float`): Weight of the energy in the sum; finite.
+        scale (`float` or `Callable`):
+            Weight of the energy in the sum: a finite number, or a function `(step, num_steps)` that gives one, with `step`
+            counted from 0 at the noisy end. Where it is 0 the energy costs nothing.
+        branch (`str`, *optional*, defaults to `"source"`):
+            The pass of the edit it looks at, `"source"` or `"target"` by the prompt. The reference is always the source
+            picture with the source prompt.
 
     Attributes:
         zero_at_reference (`bool`): True if the energy is zero where edit and source are the same. Its gradient is then
             left out where they still are: what is left of it there is rounding noise, which rescaling would amplify.
+
+    Raises:
+        ValueError: If an argument is none of these.
 
     Example:
         ```python
@@ -139,16 +149,20 @@ class GuidanceEnergy:
                 return (self.mask * change).float().square().flatten(1).mean(1)
 
 
-        guiders = [KeepRegion(torch.ones(1, 1, 16, 16))]
+        guiders = [KeepRegion(torch.ones(1, 1, 16, 16), scale=lambda step, num_steps: 100.0 * (1 - step / num_steps))]
         ```
     """
 
     zero_at_reference = True
+    branch: Branch = "source"
 
-    def __init__(self, scale: float) -> None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise ValueError(f"scale={scale!r} of {type(self).__name__} is not a finite number")
-        self.scale = float(scale)
+    def __init__(self, scale: Scale, branch: Branch = "source") -> None:
+        if not callable(scale):
+            scale = _finite(scale, type(self).__name__)
+        if branch not in BRANCHES:
+            raise ValueError(f"branch={branch!r} of {type(self).__name__} is not one of {', '.join(BRANCHES)}")
+        self.scale = scale
+        self.branch = branch
 
     def measure(self, state: GuidanceState) -> torch.Tensor:
         """The energy of every sample, for an energy that needs nothing from inside the network.
@@ -173,6 +187,37 @@ class GuidanceEnergy:
         return _measuring(self)
 
 
+def weight_of(energy: Any, step: int, num_steps: int) -> float:
+    """The weight of an energy in a step.
+
+    Args:
+        energy ([`GuidanceEnergy`]): The energy.
+        step (`int`): The step, from 0 at the noisy end.
+        num_steps (`int`): Steps of the whole run.
+
+    Returns:
+        `float`: Its `scale`, or what that function gives.
+
+    Raises:
+        ValueError: If the function gives anything but a finite number.
+    """
+    if not callable(energy.scale):
+        return float(energy.scale)
+    return _finite(energy.scale(step, num_steps), f"{type(energy).__name__} in step {step}")
+
+
+def _finite(value: Any, whose: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(
+            f"scale={value!r} of {whose} is not a finite number; give one, or a function (step, num_steps) that does"
+        )
+    return float(value)
+
+
+def _scale_text(scale: Scale) -> str:
+    return repr(scale) if callable(scale) else f"{scale:g}"
+
+
 class _MeasureProbe:
     def __init__(self, energy: GuidanceEnergy) -> None:
         self._energy = energy
@@ -187,160 +232,3 @@ class _MeasureProbe:
 @contextmanager
 def _measuring(energy: GuidanceEnergy) -> Iterator[EnergyProbe]:
     yield _MeasureProbe(energy)
-
-
-class SelfAttentionEnergy(GuidanceEnergy):
-    """Holds the layout: the squared difference of self-attention probabilities, summed over layers.
-
-    Args:
-        scale (`float`, *optional*, defaults to 300 000):
-            Weight, the authors' for editing. Large because the mean runs over all pairs of tokens.
-        layers (`str` or list of `str`, *optional*, defaults to `"all"`):
-            `"all"`, or names of self-attention layers or leading parts of names (`"mid_block"`, `"up_blocks.1"`). Memory
-            grows with the squared number of tokens, so leaving out the outermost blocks saves most of it.
-
-    Raises:
-        ValueError: If `scale` is not finite, or, when used, if a name fits no layer.
-
-    Example:
-        ```python
-        from diffusers_ext import FeatureEnergy, SelfAttentionEnergy
-
-        guiders = [SelfAttentionEnergy(scale=3e5, layers=["mid_block", "up_blocks"]), FeatureEnergy()]
-        ```
-    """
-
-    def __init__(self, scale: float = 3e5, layers: str | Sequence[str] = "all") -> None:
-        super().__init__(scale)
-        names = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Sequence) else [layers]
-        if not names or not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"layers={layers!r} is neither 'all' nor a list of layer names")
-        self.layers = layers if isinstance(layers, str) else tuple(names)
-
-    @contextmanager
-    def attach(self, unet: nn.Module) -> Iterator[EnergyProbe]:
-        layers = select_self_attention_layers(unet, self.layers)
-        record = SelfAttentionRecord(mean_square)
-        with installed_processors(layers, lambda name: SelfAttentionEnergyProcessor(name, record)):
-            yield _SelfAttentionProbe(record)
-
-    def __repr__(self) -> str:
-        return f"SelfAttentionEnergy(scale={self.scale:g}, layers={self.layers!r})"
-
-
-class _SelfAttentionProbe:
-    def __init__(self, record: SelfAttentionRecord) -> None:
-        self._record = record
-
-    def begin(self, phase: Phase) -> None:
-        self._record.phase = phase
-
-    def energy(self, state: GuidanceState) -> torch.Tensor:
-        return torch.stack(list(self._record.energies.values())).sum(0)
-
-
-class FeatureEnergy(GuidanceEnergy):
-    """Holds the content: the difference of the features of one layer.
-
-    Args:
-        scale (`float`, *optional*, defaults to 500):
-            Weight, the authors' for editing.
-        layer (`str`, *optional*, defaults to `"up_blocks.-1"`):
-            Dotted name of the layer in the UNet; negative numbers count from the end. `"conv_norm_out"` is the authors'
-            other choice.
-        loss (`str`, *optional*, defaults to `"l1"`):
-            `"l1"` (mean absolute) or `"l2"` (mean squared) difference.
-
-    Raises:
-        ValueError: If an argument is out of range, or, when used, if there is no such layer.
-
-    Example:
-        ```python
-        from diffusers_ext import FeatureEnergy
-
-        guiders = [FeatureEnergy(scale=500, layer="conv_norm_out")]
-        ```
-    """
-
-    def __init__(self, scale: float = 500.0, layer: str = "up_blocks.-1", loss: str = "l1") -> None:
-        super().__init__(scale)
-        if not isinstance(layer, str) or not layer:
-            raise ValueError(f"layer={layer!r} is not the dotted name of a layer, such as 'up_blocks.-1'")
-        if not isinstance(loss, str) or loss not in LOSSES:
-            raise ValueError(f"loss={loss!r} is not one of {', '.join(LOSSES)}")
-        self.layer = layer
-        self.loss = loss
-
-    @contextmanager
-    def attach(self, unet: nn.Module) -> Iterator[EnergyProbe]:
-        probe = _FeatureProbe(self.layer, LOSSES[self.loss])
-        # Only our own handle is removed: the hooks of accelerate and of the user are none of our business.
-        handle = find_layer(unet, self.layer).register_forward_hook(probe.hook)
-        try:
-            yield probe
-        finally:
-            handle.remove()
-
-    def __repr__(self) -> str:
-        return f"FeatureEnergy(scale={self.scale:g}, layer={self.layer!r}, loss={self.loss!r})"
-
-
-class _FeatureProbe:
-    def __init__(self, layer: str, loss: Any) -> None:
-        self._layer = layer
-        self._loss = loss
-        self._phase: Phase = "reference"
-        self._reference: torch.Tensor | None = None
-        self._energy: torch.Tensor | None = None
-
-    def begin(self, phase: Phase) -> None:
-        self._phase = phase
-
-    def hook(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        features = output[0] if isinstance(output, (tuple, list)) else output
-        if not isinstance(features, torch.Tensor):
-            raise ValueError(
-                f"layer={self._layer!r} of FeatureEnergy puts out {type(features).__name__}; choose one that puts out a "
-                "tensor"
-            )
-        if self._phase == "reference":
-            self._reference = features.detach()
-        elif self._reference is not None:
-            self._energy = self._loss(features, self._reference)
-
-    def energy(self, state: GuidanceState) -> torch.Tensor:
-        if self._energy is None:
-            raise ValueError(f"layer={self._layer!r} of FeatureEnergy does not run in a pass of this UNet")
-        return self._energy
-
-
-def find_layer(network: nn.Module, path: str) -> nn.Module:
-    """Looks a layer up by its dotted name.
-
-    Args:
-        network (`torch.nn.Module`): The network.
-        path (`str`): A name such as `"up_blocks.1.resnets.0"`; a negative number counts from the end of a list.
-
-    Returns:
-        `torch.nn.Module`: The layer.
-
-    Raises:
-        ValueError: If there is none; the message lists the names at the place where the search ended.
-    """
-    module = network
-    found: list[str] = []
-    for part in path.split("."):
-        children = dict(module.named_children())
-        if part.startswith("-") and part[1:].isdigit() and 0 < int(part[1:]) <= len(children):
-            part = list(children)[int(part)]
-        if part not in children:
-            place = ".".join(found) or type(network).__name__
-            near = get_close_matches(part, children, n=1)
-            guess = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(
-                f"layer={path!r}: {place} has no part {part!r}{guess}; "
-                + (f"it has {', '.join(children)}" if children else "it has no parts")
-            )
-        module = children[part]
-        found.append(part)
-    return module

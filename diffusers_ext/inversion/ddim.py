@@ -15,7 +15,7 @@ the level of the clean picture:
                                                one step beyond the level where its sampling starts
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,13 +131,16 @@ class DDIMLadder:
     config: dict[str, Any]
 
     @classmethod
-    def from_scheduler_config(cls, config: Any, num_inference_steps: int) -> "DDIMLadder":
+    def from_scheduler_config(
+        cls, config: Any, num_inference_steps: int, timesteps: Sequence[int] | None = None
+    ) -> "DDIMLadder":
         """Builds the ladder from the config of any scheduler that diffuses with betas.
 
         Args:
             config (`dict`): A scheduler's config. Clipping and thresholding of the predicted picture are left out: both
                 would make a step impossible to undo.
             num_inference_steps (`int`): Steps, from 1 to the number of training timesteps.
+            timesteps (list of `int`, *optional*): Descending timesteps to use instead of evenly spaced ones.
 
         Returns:
             [`DDIMLadder`]: The ladder.
@@ -157,24 +160,31 @@ class DDIMLadder:
                 f"use a model that predicts one of {', '.join(PREDICTION_TYPES)}"
             )
         trained = config["num_train_timesteps"]
-        if not 1 <= num_inference_steps <= trained:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} is out of range; this model allows 1 to {trained}"
-            )
         scheduler = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
-        scheduler.set_timesteps(num_inference_steps)
-        timesteps = scheduler.timesteps
-        if int(timesteps.max()) >= trained or int(timesteps.min()) < 0:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} asks for timestep {int(timesteps.max())}, but the model "
-                f"knows 0 to {trained - 1}; use fewer steps"
-            )
-        alpha_bars = torch.cat([scheduler.final_alpha_cumprod[None], scheduler.alphas_cumprod[timesteps.flip(0)]])
-        beyond = min(int(timesteps[0]) + trained // num_inference_steps, trained - 1)
+        if timesteps is not None:
+            if not 0 <= min(timesteps) <= max(timesteps) < trained:
+                raise ValueError(f"timesteps={list(timesteps)} leave the range of this model, 0 to {trained - 1}")
+            chosen = torch.tensor(timesteps)
+        else:
+            if not 1 <= num_inference_steps <= trained:
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps} is out of range; this model allows 1 to {trained}"
+                )
+            scheduler.set_timesteps(num_inference_steps)
+            chosen = scheduler.timesteps
+            if int(chosen.max()) >= trained or int(chosen.min()) < 0:
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps} asks for timestep {int(chosen.max())}, but the model "
+                    f"knows 0 to {trained - 1}; use fewer steps"
+                )
+        alpha_bars = torch.cat([scheduler.final_alpha_cumprod[None], scheduler.alphas_cumprod[chosen.flip(0)]])
+        beyond = min(int(chosen[0]) + trained // len(chosen), trained - 1)
         settings = {key: scheduler.config[key] for key in SCHEDULE_KEYS}
         if settings["trained_betas"] is not None:
             settings["trained_betas"] = [float(beta) for beta in settings["trained_betas"]]
-        return cls(timesteps, alpha_bars, scheduler.alphas_cumprod[beyond], settings)
+        if timesteps is not None:
+            settings["timesteps"] = [int(timestep) for timestep in timesteps]
+        return cls(chosen, alpha_bars, scheduler.alphas_cumprod[beyond], settings)
 
     def __len__(self) -> int:
         return len(self.timesteps)

@@ -194,11 +194,12 @@ class InversionOutput(BaseOutput):
                     f"inversion was made with {key}={self.config[key]!r}, the call has {config[key]!r}; "
                     "use the same value, or invert again"
                 )
-        for key, value in config["scheduler"].items():
-            if self.config["scheduler"].get(key) != value:
+        theirs, ours = self.config["scheduler"], config["scheduler"]
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            if theirs.get(key) != ours.get(key):
                 raise ValueError(
-                    f"inversion was made with another scheduler: {key}={self.config['scheduler'].get(key)!r} there, "
-                    f"{value!r} here; invert again"
+                    f"inversion was made with another scheduler: {key}={theirs.get(key)!r} there, {ours.get(key)!r} here; "
+                    "invert again"
                 )
         if component := differing_component(self.config["model"], config["model"]):
             raise ValueError(f"inversion was made with another model: its {component} differs; invert again")

@@ -1,6 +1,7 @@
 """Pipelines, one method a file."""
 
 from .pipeline_guide_and_rescale import GuideAndRescalePipeline, GuideAndRescalePipelineOutput
+from .pipeline_guide_and_rescale_sdxl import GuideAndRescaleStableDiffusionXLPipeline
 
 
-__all__ = ["GuideAndRescalePipeline", "GuideAndRescalePipelineOutput"]
+__all__ = ["GuideAndRescalePipeline", "GuideAndRescalePipelineOutput", "GuideAndRescaleStableDiffusionXLPipeline"]

@@ -1,6 +1,7 @@
-"""`invert()` for pipelines with the components of a `StableDiffusionPipeline`."""
+"""`invert()` for pipelines with the components of a `StableDiffusionPipeline` or a `StableDiffusionXLPipeline`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -8,16 +9,17 @@ import PIL.Image
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
-from ..guidance import GuidedStep
+from ..guidance import GuidedStep, part_of_condition
 from ..inversion import ALIGNMENTS, DDIMLadder, InversionOutput, ddim_inversion_states, model_fingerprint
+from .conditioning import ConditioningMixin
 from .inputs import (
     check_finite,
     check_kwargs,
     check_size,
-    check_text_to_image,
     checked_choice,
     checked_prompts,
     checked_steps,
+    checked_timesteps,
     images_to_tensor,
     pad_to_multiple,
     spread,
@@ -28,19 +30,15 @@ PipelineImage = (
     PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
 )
 
+INVERSION_METHODS = ("ddim", "negative_prompt")
 
-class DDIMInversionMixin:
+
+class DDIMInversionMixin(ConditioningMixin):
     """Inverts pictures by DDIM; put it before the pipeline class that has the components."""
 
     # Given by the pipeline class.
-    vae: Any
-    text_encoder: Any
-    tokenizer: Any
-    unet: Any
     scheduler: Any
     vae_scale_factor: int
-    _execution_device: torch.device
-    encode_prompt: Any
     progress_bar: Any
     maybe_free_model_hooks: Any
 
@@ -54,6 +52,8 @@ class DDIMInversionMixin:
         height: int | None = None,
         width: int | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        method: str = "ddim",
+        timesteps: list[int] | None = None,
     ) -> InversionOutput:
         """Inverts pictures by DDIM with their own prompts, without classifier-free guidance.
 
@@ -69,6 +69,13 @@ class DDIMInversionMixin:
             height (`int`, *optional*): Scale the picture to this height in pixels. Defaults to its own.
             width (`int`, *optional*): Scale the picture to this width in pixels. Defaults to its own.
             cross_attention_kwargs (`dict`, *optional*): Passed to the attention processors; `scale` is that of LoRA.
+            method (`str`, *optional*, defaults to `"ddim"`):
+                `"ddim"`, or `"negative_prompt"`: the same latents, and calls that use them point away from the source prompt
+                instead of from `""` unless they say otherwise (negative-prompt inversion, 2023, arXiv 2305.16807). The
+                source prompt alone is then reproduced at any guidance scale as it is at 1.
+            timesteps (`list[int]`, *optional*):
+                Descending timesteps instead of evenly spaced ones, as few-step models are trained for;
+                `num_inference_steps` has no effect then.
 
         Returns:
             [`InversionOutput`]: For the `inversion` argument of any number of calls; it can be saved.
@@ -77,34 +84,33 @@ class DDIMInversionMixin:
             ValueError: If an argument is wrong (also [`ImageError`]), or values become infinite or NaN on the way.
             TypeError: If `image` is not a picture.
         """
-        steps = checked_steps(num_inference_steps)
         checked_choice(alignment, "alignment", ALIGNMENTS)
+        checked_choice(method, "method", INVERSION_METHODS)
         self._check_model()
         check_size(height, width)
         check_kwargs(cross_attention_kwargs)
-        ladder = DDIMLadder.from_scheduler_config(self.scheduler.config, steps)
+        ladder = self._ladder(num_inference_steps, timesteps)
         prompts = checked_prompts(source_prompt, "source_prompt")
         pixels = images_to_tensor(image, height, width)
-        output = self._invert(pixels, prompts, ladder, alignment, cross_attention_kwargs)
+        output = self._invert(pixels, prompts, ladder, alignment, cross_attention_kwargs, method)
         self.maybe_free_model_hooks()
         return output
 
-    def _check_model(self) -> None:
-        for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
-            if getattr(self, name, None) is None:
-                raise ValueError(f"this pipeline has no {name}; load it with all its components")
-        check_text_to_image(self.unet, self.vae)
-        if getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj":
-            raise ValueError("an IP-Adapter is loaded, but there is no picture prompt here; call unload_ip_adapter()")
+    def _ladder(self, num_inference_steps: Any, timesteps: Any) -> DDIMLadder:
+        steps = checked_steps(num_inference_steps)
+        return DDIMLadder.from_scheduler_config(self.scheduler.config, steps, checked_timesteps(timesteps))
 
-    def _inversion_config(self, ladder: DDIMLadder, alignment: str, image_size: Sequence[int]) -> dict[str, Any]:
+    def _inversion_config(
+        self, ladder: DDIMLadder, alignment: str, image_size: Sequence[int], method: str = "ddim"
+    ) -> dict[str, Any]:
+        components = ("vae", *self._text_encoders, "unet")
         return {
-            "method": "ddim",
+            "method": method,
             "alignment": alignment,
             "num_inference_steps": len(ladder),
             "image_size": list(image_size),
             "scheduler": ladder.config,
-            "model": model_fingerprint({"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.unet}),
+            "model": model_fingerprint({name: getattr(self, name) for name in components}),
         }
 
     def _invert(
@@ -114,21 +120,30 @@ class DDIMInversionMixin:
         ladder: DDIMLadder,
         alignment: str,
         cross_attention_kwargs: dict[str, Any] | None,
+        method: str = "ddim",
+        samples_per_pass: int | None = 1,
     ) -> InversionOutput:
         prompts = spread(prompts, len(pixels), "source_prompt", "pictures")
         device, dtype = self._execution_device, self.unet.dtype
-        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        padded = pad_to_multiple(pixels, multiple).to(device, self.vae.dtype)
-        encoded = retrieve_latents(self.vae.encode(padded), sample_mode="argmax")
-        start = (encoded * self.vae.config.scaling_factor).to(dtype)
-        check_finite(start, "the encoded picture", self.vae.dtype)
+        image_size = list(pixels.shape[-2:])
         lora_scale = (cross_attention_kwargs or {}).get("scale")
-        embeds, _ = self.encode_prompt(prompts, device, 1, False, lora_scale=lora_scale)
+        _, image_embeds = self._image_prompts(None, None, len(prompts))
+        start = self._encode(pixels).to(dtype)
+        check_finite(start, "the encoded picture", self.vae.dtype)
+        condition = self._condition(prompts, image_size, lora_scale, image_embeds)
         step = GuidedStep(self.unet, [], unet_kwargs={"cross_attention_kwargs": cross_attention_kwargs})
+        together = samples_per_pass or len(prompts)
+        parts = [slice(first, first + together) for first in range(0, len(prompts), together)]
+
+        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            found = []
+            for rows in parts:
+                found.append(step.predict(latents[rows], timestep.to(device), part_of_condition(condition, rows)))
+            return torch.cat(found)
+
         states: list[torch.Tensor] = []
         with self.progress_bar(total=len(ladder)) as progress_bar:
-            walk = ddim_inversion_states(lambda z, t: step.predict(z, t.to(device), embeds), start, ladder, alignment)
-            for state in walk:
+            for state in ddim_inversion_states(predict, start, ladder, alignment):
                 check_finite(state, f"the latents after {len(states)} steps of the inversion", dtype)
                 if states:
                     progress_bar.update()
@@ -137,6 +152,37 @@ class DDIMInversionMixin:
             latents=torch.stack(states),
             timesteps=ladder.timesteps.flip(0),
             prompt=prompts,
-            config=self._inversion_config(ladder, alignment, pixels.shape[-2:]),
+            config=self._inversion_config(ladder, alignment, image_size, method),
             network_evaluations=len(ladder) * len(prompts),
         )
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents of pictures in [-1, 1], one picture at a time; those are extended to a size that the networks divide."""
+        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        padded = pad_to_multiple(pixels, multiple)
+        with self._vae_precision():
+            padded = padded.to(self._execution_device, self.vae.dtype)
+            encoded = [retrieve_latents(self.vae.encode(picture), sample_mode="argmax") for picture in padded.split(1)]
+        scale, shift = self._latent_statistics(encoded[0])
+        return (torch.cat(encoded) - shift) * scale
+
+    def _decode_latents(self, latents: torch.Tensor, generator: Any) -> torch.Tensor:
+        """Pictures in [-1, 1] from latents."""
+        with self._vae_precision():
+            latents = latents.to(self.vae.dtype)
+            scale, shift = self._latent_statistics(latents)
+            return self.vae.decode(latents / scale + shift, return_dict=False, generator=generator)[0]
+
+    def _latent_statistics(self, like: torch.Tensor) -> tuple[Any, Any]:
+        """What latents are multiplied with after a shift; a few SDXL autoencoders have a mean and deviation a channel."""
+        config = self.vae.config
+        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or deviation is None:
+            return config.scaling_factor, 0.0
+        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(like) for values in (mean, deviation))
+        return config.scaling_factor / deviation, mean
+
+    @contextmanager
+    def _vae_precision(self) -> Iterator[None]:
+        """The VAE as it is; SDXL's overflows in half precision and is float32 for the time of a `with` block."""
+        yield

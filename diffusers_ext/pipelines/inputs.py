@@ -22,6 +22,19 @@ def checked_steps(value: Any, name: str = "num_inference_steps") -> int:
     return int(value)
 
 
+def checked_timesteps(value: Any, name: str = "timesteps") -> list[int] | None:
+    """Checks descending timesteps of one's own; None leaves the choice to the number of steps."""
+    if value is None:
+        return None
+    items = value.tolist() if isinstance(value, (torch.Tensor, np.ndarray)) else value
+    whole = isinstance(items, (list, tuple)) and all(
+        isinstance(item, numbers.Integral) and not isinstance(item, bool) for item in items
+    )
+    if not whole or not items or any(a <= b for a, b in zip(items, items[1:], strict=False)):
+        raise ValueError(f"{name}={value!r} is not a list of descending whole numbers, such as [999, 749, 499, 249]")
+    return [int(item) for item in items]
+
+
 def checked_number(value: Any, name: str, low: float, high: float) -> float:
     """Checks a finite number in a closed range."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
@@ -93,19 +106,26 @@ def same_shape(new: Any, old: torch.Tensor, name: str) -> torch.Tensor:
     return new
 
 
-def check_text_to_image(unet: Any, vae: Any) -> None:
-    """Refuses the networks that have the same component names but take other inputs."""
+def check_text_to_image(unet: Any, vae: Any, addition_embed_type: str | None = None) -> None:
+    """Refuses the networks that have the same component names but take other inputs.
+
+    Args:
+        unet: The network; None is left to the check for missing components.
+        vae: The autoencoder; ditto.
+        addition_embed_type (`str`, *optional*): What the network takes besides text: None for Stable Diffusion 1.x and 2.x,
+            `"text_time"` for SDXL.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
     if unet is None or vae is None:
         return
     config = unet.config
-    for key in ("addition_embed_type", "class_embed_type"):
-        if (value := getattr(config, key, None)) is not None:
-            raise ValueError(
-                f"the UNet takes conditions besides text ({key}={value!r}), as that of SDXL does; this pipeline needs a "
-                "Stable Diffusion 1.x or 2.x model"
-            )
-    if getattr(config, "time_cond_proj_dim", None) is not None:
-        raise ValueError("the UNet is distilled with its guidance scale as an input; load the model it was made from")
+    family = "Stable Diffusion 1.x or 2.x" if addition_embed_type is None else "Stable Diffusion XL"
+    for key, wanted in (("addition_embed_type", addition_embed_type), ("class_embed_type", None)):
+        if (value := getattr(config, key, None)) != wanted:
+            takes = f"takes conditions besides text ({key}={value!r})" if value else f"has {key}={value!r}"
+            raise ValueError(f"the UNet {takes}; this pipeline needs a {family} model")
     channels = getattr(vae.config, "latent_channels", None)
     if config.in_channels != channels or config.out_channels != channels:
         raise ValueError(

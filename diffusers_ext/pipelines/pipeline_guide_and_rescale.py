@@ -8,69 +8,27 @@ the edit with that on the inverted picture at the same noise level:
 
     eps_hat = eps(z, 0) + c + gamma dE/dz,   c = w (eps(z, y_t) - eps(z, 0)),   gamma = clip(r, low, high) / r,   r = ||dE/dz|| / ||c||
 
-The step is in `guidance/guided_step.py`, energies in `guidance/energies.py`, inversion in `inversion/ddim.py`.
+The loop is in `guide_and_rescale.py`, and shared with the pipeline for SDXL.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
-import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from ..guidance import FeatureEnergy, GuidanceEnergy, GuidedStep, NormRescaler, SelfAttentionEnergy
 from ..integrity import CheckedLoadingMixin
-from ..inversion import ALIGNMENTS, DDIMLadder, InversionOutput, ddim_step
-from .ddim_inversion import DDIMInversionMixin, PipelineImage
-from .inputs import (
-    check_finite,
-    check_generator,
-    check_kwargs,
-    check_size,
-    check_text_to_image,
-    checked_choice,
-    checked_number,
-    checked_prompts,
-    checked_steps,
-    images_to_tensor,
-    same_shape,
-    spread,
-)
+from .guide_and_rescale import GuideAndRescaleMixin, GuideAndRescalePipelineOutput, check_family
+from .inputs import check_text_to_image
 
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+__all__ = ["GuideAndRescalePipeline", "GuideAndRescalePipelineOutput"]
 
 
-@dataclass
-class GuideAndRescalePipelineOutput(BaseOutput):
-    """What an edit gives.
-
-    Attributes:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The edited pictures.
-        nsfw_content_detected (`list[bool]`, *optional*): The safety checker's flags; None without one.
-        network_evaluations (`int`): Forward passes of the UNet, each sample of a batch counted, those of the inversion
-            included if the call made it.
-        backward_passes (`int`): Gradients through the UNet, counted in the same way.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    nsfw_content_detected: list[bool] | None = None
-    network_evaluations: int = 0
-    backward_passes: int = 0
-
-
-class GuideAndRescalePipeline(CheckedLoadingMixin, DDIMInversionMixin, StableDiffusionPipeline):
+class GuideAndRescalePipeline(CheckedLoadingMixin, GuideAndRescaleMixin, StableDiffusionPipeline):
     """Edits pictures by words, without training, with any Stable Diffusion 1.x or 2.x model.
 
     It is made of the components of a `StableDiffusionPipeline` and loads from the same repositories. The scheduler only
@@ -86,8 +44,8 @@ class GuideAndRescalePipeline(CheckedLoadingMixin, DDIMInversionMixin, StableDif
         scheduler ([`SchedulerMixin`]): Any scheduler of the model.
         safety_checker ([`StableDiffusionSafetyChecker`], *optional*): Checks the results.
         feature_extractor ([`~transformers.CLIPImageProcessor`], *optional*): Feeds the safety checker.
-        image_encoder ([`~transformers.CLIPVisionModelWithProjection`], *optional*): Not used; kept for repositories that
-            have one.
+        image_encoder ([`~transformers.CLIPVisionModelWithProjection`], *optional*): Encodes the
+            picture prompt of an IP-Adapter.
         requires_safety_checker (`bool`, *optional*, defaults to `True`): Whether diffusers warns if there is none.
 
     Example:
@@ -101,8 +59,6 @@ class GuideAndRescalePipeline(CheckedLoadingMixin, DDIMInversionMixin, StableDif
         edited.images[0].save("blue.png")
         ```
     """
-
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "source_prompt_embeds"]
 
     # Repeated in full, since diffusers reads the components of a pipeline from this signature.
     def __init__(
@@ -132,320 +88,4 @@ class GuideAndRescalePipeline(CheckedLoadingMixin, DDIMInversionMixin, StableDif
 
     @classmethod
     def _check_family(cls, index: dict[str, Any], source: str) -> None:
-        """Refuses a repository of another family by its `model_index.json`, before any weight is fetched."""
-        components = {name: value for name, value in index.items() if isinstance(value, list) and any(value)}
-        kind = index.get("_class_name")
-        needs = f"{cls.__name__} needs a Stable Diffusion 1.x or 2.x text-to-image model"
-        if "UNet2DConditionModel" not in components.get("unet", []):
-            raise ValueError(f"{source} is a {kind}, which has no text-conditioned UNet: {needs}")
-        required, optional = cls._get_signature_keys(cls)
-        known = {*required, *optional}
-        extra = sorted(name for name in components if not name.startswith("_") and name not in known)
-        if extra:
-            raise ValueError(f"{source} is a {kind}, which has {', '.join(extra)} besides: {needs}")
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        image: PipelineImage | None = None,
-        source_prompt: str | list[str] | None = None,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        guiders: Sequence[GuidanceEnergy] | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
-        rescale_range: tuple[float, float] = (0.33, 3.0),
-        guidance_end: float = 0.6,
-        alignment: str = "matched",
-        inversion: InversionOutput | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        latents: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict[str, Any]], dict[str, Any] | None]
-        | PipelineCallback
-        | MultiPipelineCallbacks
-        | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-    ) -> GuideAndRescalePipelineOutput | tuple[Any, ...]:
-        """Edits pictures.
-
-        Args:
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, or a list of one of them, *optional*):
-                The picture or pictures, of any size; see [`images_to_tensor`] for the accepted forms. Left out if
-                `inversion` is given.
-            source_prompt (`str` or `list[str]`, *optional*):
-                What the picture shows; one for all pictures or one each. `""` is allowed. With `inversion` it may be left
-                out.
-            prompt (`str` or `list[str]`):
-                What the result shall show; one for all pictures or one each. Several for a single picture give several
-                results from one inversion.
-            negative_prompt (`str` or `list[str]`, *optional*):
-                What it shall not show; one, or one for each result. Defaults to `""`.
-            guiders (list of [`GuidanceEnergy`], *optional*):
-                The energies. Defaults to `[SelfAttentionEnergy(), FeatureEnergy()]`; `[]` turns guidance off, which leaves
-                plain DDIM inversion and sampling.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Steps of the inversion and of the sampling.
-            guidance_scale (`float`, *optional*, defaults to 7.5):
-                Strength w of the prompt; at 1 and below without classifier-free guidance.
-            rescale_range (`tuple[float, float]`, *optional*, defaults to `(0.33, 3.0)`):
-                Bounds of the gradient's norm relative to that of the classifier-free term. Larger bounds keep more of the
-                source; see [`NormRescaler`].
-            guidance_end (`float`, *optional*, defaults to 0.6):
-                Part of the steps, from 0 to 1, that are guided.
-            alignment (`str`, *optional*, defaults to `"matched"`):
-                `"matched"` inverts along the levels that sampling walks; `"official"` one step off, as the authors' code.
-            inversion ([`InversionOutput`], *optional*):
-                Result of [`GuideAndRescalePipeline.invert`] with the same model, steps and alignment.
-            height (`int`, *optional*): Scale the picture to this height in pixels. Defaults to its own.
-            width (`int`, *optional*): Scale the picture to this width in pixels. Defaults to its own.
-            latents (`torch.Tensor`, *optional*):
-                Start from these `(batch, channels, height, width)` instead of the inverted picture.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Handed to the VAE's decoder. The edit itself draws no random number.
-            output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"`, `"pt"`, or `"latent"`. Latents are those of the padded picture.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return an output object or a tuple of its four fields.
-            cross_attention_kwargs (`dict`, *optional*): Passed to the attention processors; `scale` is that of LoRA.
-            callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, timestep, tensors)` after each sampling step; what it returns replaces the
-                tensors. The UNet is in its own state then.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                Names of the tensors it gets: `latents`, `prompt_embeds`, `negative_prompt_embeds`, `source_prompt_embeds`.
-
-        Returns:
-            [`GuideAndRescalePipelineOutput`] or `tuple`: The pictures, and what they cost.
-
-        Raises:
-            ValueError: If an argument is wrong (also [`ImageError`]), or values become infinite or NaN on the way.
-            TypeError: If `image` or `generator` is of a wrong type.
-        """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(
-            image=image,
-            source_prompt=source_prompt,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            guiders=guiders,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            rescale_range=rescale_range,
-            guidance_end=guidance_end,
-            alignment=alignment,
-            inversion=inversion,
-            height=height,
-            width=width,
-            output_type=output_type,
-            cross_attention_kwargs=cross_attention_kwargs,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
-        guiders = [SelfAttentionEnergy(), FeatureEnergy()] if guiders is None else list(guiders)
-        guided_steps = round(guidance_end * num_inference_steps) if guiders else 0
-        if guided_steps:
-            self._check_guiders(guiders)
-        ladder = DDIMLadder.from_scheduler_config(self.scheduler.config, num_inference_steps)
-        self._guidance_scale = guidance_scale
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._clip_skip = None
-        self._interrupt = False
-
-        forward_passes, backward_passes = 0, 0
-        if inversion is None:
-            sources = checked_prompts(source_prompt, "source_prompt")
-            pixels = images_to_tensor(image, height, width)
-            prompts = self._results(prompt, len(pixels))
-            check_generator(generator, len(prompts))
-            inversion = self._invert(pixels, sources, ladder, alignment, cross_attention_kwargs)
-            forward_passes += inversion.network_evaluations
-        else:
-            prompts = self._results(prompt, len(inversion.prompt))
-            check_generator(generator, len(prompts))
-            said = None
-            if source_prompt is not None:
-                said = spread(
-                    checked_prompts(source_prompt, "source_prompt"), len(inversion.prompt), "source_prompt", "pictures"
-                )
-            inversion.check_fits(self._inversion_config(ladder, alignment, inversion.config["image_size"]), said)
-
-        batch_size, device = len(prompts), self._execution_device
-        repeats = batch_size // len(inversion.prompt)
-        references = inversion.latents.to(device, self.unet.dtype).repeat(1, repeats, 1, 1, 1)
-        negatives = checked_prompts("" if negative_prompt is None else negative_prompt, "negative_prompt")
-        lora_scale = (cross_attention_kwargs or {}).get("scale")
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompts,
-            device,
-            1,
-            True,
-            spread(negatives, batch_size, "negative_prompt", "results"),
-            lora_scale=lora_scale,
-        )
-        source_prompt_embeds, _ = self.encode_prompt(
-            inversion.prompt * repeats, device, 1, False, lora_scale=lora_scale
-        )
-        latents = self._start(latents, references[-1])
-
-        step = GuidedStep(
-            self.unet,
-            guiders,
-            NormRescaler(*rescale_range),
-            ladder.prediction_type,
-            {"cross_attention_kwargs": cross_attention_kwargs},
-        )
-        self._num_timesteps = len(ladder)
-        with self.progress_bar(total=len(ladder)) as progress_bar:
-            for i, t in enumerate(ladder.timesteps.to(device)):
-                if self.interrupt:
-                    continue
-                level, next_level = ladder.sampling_levels(i)
-                # Pure noise (zero terminal SNR) holds nothing of the picture, and no epsilon can be told from a v there.
-                guided = i < guided_steps and level > 0
-                output = step(
-                    latents,
-                    t,
-                    level,
-                    self.guidance_scale,
-                    negative_prompt_embeds,
-                    prompt_embeds,
-                    source_prompt_embeds if guided else None,
-                    references[len(ladder) - i] if guided else None,
-                )
-                latents = ddim_step(output.noise_pred, latents, level, next_level, ladder.prediction_type)
-                check_finite(latents, f"the latents after step {i} (timestep {int(t)})", self.unet.dtype)
-                forward_passes += output.forward_passes * batch_size
-                backward_passes += output.backward_passes * batch_size
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    changed = callback_on_step_end(self, i, t, callback_kwargs) or {}
-                    latents = same_shape(changed.pop("latents", latents), latents, "latents")
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    source_prompt_embeds = changed.pop("source_prompt_embeds", source_prompt_embeds)
-                progress_bar.update()
-
-        has_nsfw_concept = None
-        if output_type == "latent":
-            images = latents
-        else:
-            images, has_nsfw_concept = self._decode(latents, inversion.config["image_size"], generator, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, has_nsfw_concept, forward_passes, backward_passes
-        return GuideAndRescalePipelineOutput(images, has_nsfw_concept, forward_passes, backward_passes)
-
-    def check_inputs(
-        self,
-        *,
-        image: Any,
-        source_prompt: Any,
-        prompt: Any,
-        negative_prompt: Any,
-        guiders: Any,
-        num_inference_steps: Any,
-        guidance_scale: Any,
-        rescale_range: Any,
-        guidance_end: Any,
-        alignment: Any,
-        inversion: Any,
-        height: Any,
-        width: Any,
-        output_type: Any,
-        cross_attention_kwargs: Any,
-        callback_on_step_end: Any,
-        callback_on_step_end_tensor_inputs: Any,
-    ) -> None:
-        """Checks every argument that can be checked without computing; raises a `ValueError` or `TypeError` that names it."""
-        self._check_model()
-        if inversion is None:
-            if image is None:
-                raise ValueError("image is missing; give a picture, or the inversion of one")
-            checked_prompts(source_prompt, "source_prompt")
-        elif image is not None:
-            raise ValueError("image and inversion are both given; give one, the inversion holds the picture already")
-        elif not isinstance(inversion, InversionOutput):
-            raise TypeError(f"inversion is of type {type(inversion).__name__}; give what `invert` returned")
-        elif problem := inversion.problem():
-            raise ValueError(f"inversion cannot be used: {problem}")
-        elif height is not None or width is not None:
-            raise ValueError("height and width have no effect on an inversion; give them to `invert`")
-        checked_prompts(prompt, "prompt")
-        if negative_prompt is not None:
-            checked_prompts(negative_prompt, "negative_prompt")
-        if guiders is not None and not isinstance(guiders, (list, tuple)):
-            raise ValueError(f"guiders={guiders!r} is not a list; give [{guiders!r}], or [] for none")
-        for guider in guiders or ():
-            if not callable(getattr(guider, "attach", None)) or not hasattr(guider, "scale"):
-                raise ValueError(f"guiders holds {guider!r}, which is no energy; derive it from GuidanceEnergy")
-        checked_steps(num_inference_steps)
-        checked_number(guidance_scale, "guidance_scale", 0.0, float("inf"))
-        if not isinstance(rescale_range, (list, tuple)) or len(rescale_range) != 2:
-            raise ValueError(f"rescale_range={rescale_range!r} is not (low, high)")
-        NormRescaler(*rescale_range)
-        checked_number(guidance_end, "guidance_end", 0.0, 1.0)
-        checked_choice(alignment, "alignment", ALIGNMENTS)
-        check_size(height, width)
-        checked_choice(output_type, "output_type", OUTPUT_TYPES)
-        check_kwargs(cross_attention_kwargs)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"callback_on_step_end={callback_on_step_end!r} cannot be called")
-        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
-            raise TypeError(
-                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} must be a list of names; use "
-                f"some of {', '.join(self._callback_tensor_inputs)}"
-            )
-        for name in callback_on_step_end_tensor_inputs:
-            checked_choice(name, "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs)
-
-    def _check_guiders(self, guiders: Sequence[GuidanceEnergy]) -> None:
-        """What would only come to light in the first guided step, after the whole inversion."""
-        if torch.is_inference_mode_enabled() or any(p.is_inference() for p in self.unet.parameters()):
-            raise ValueError(
-                "guidance needs gradients, which torch.inference_mode() forbids; load and call the pipeline outside of it "
-                "(torch.no_grad() is fine), or pass guiders=[]"
-            )
-        if any(parameter.is_meta for parameter in self.unet.parameters()):
-            raise ValueError(
-                "guidance needs gradients through the UNet, whose weights are put away by enable_sequential_cpu_offload(); "
-                "use enable_model_cpu_offload(), or pass guiders=[]"
-            )
-        with ExitStack() as stack:
-            for guider in guiders:
-                stack.enter_context(guider.attach(getattr(self.unet, "_orig_mod", self.unet)))
-
-    @staticmethod
-    def _results(prompt: Any, pictures: int) -> list[str]:
-        prompts = checked_prompts(prompt, "prompt")
-        return prompts if pictures == 1 else spread(prompts, pictures, "prompt", "pictures")
-
-    def _start(self, latents: Any, inverted: torch.Tensor) -> torch.Tensor:
-        if latents is None:
-            return inverted
-        if not isinstance(latents, torch.Tensor) or latents.shape != inverted.shape:
-            found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"latents has the shape {found}; this call needs {tuple(inverted.shape)}")
-        latents = latents.to(inverted.device, inverted.dtype)
-        if not bool(torch.isfinite(latents).all()):
-            raise ValueError("latents holds values that are infinite or not a number; give finite ones")
-        return latents
-
-    def _decode(
-        self, latents: torch.Tensor, image_size: Sequence[int], generator: Any, output_type: str
-    ) -> tuple[Any, list[bool] | None]:
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        pixels = self.vae.decode(scaled, return_dict=False, generator=generator)[0]
-        check_finite(pixels, "the decoded picture", self.vae.dtype)
-        height, width = image_size
-        pixels = pixels[..., :height, :width]
-        pixels, flags = self.run_safety_checker(pixels, latents.device, latents.dtype)
-        keep = [True] * len(pixels) if flags is None else [not flag for flag in flags]
-        return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=keep), flags
+        check_family(cls, index, source, "Stable Diffusion 1.x or 2.x")

@@ -32,9 +32,13 @@ def attention(**options) -> Attention:
     return Attention(query_dim=32, heads=2, dim_head=8, **options).eval()
 
 
+def processors(record: SelfAttentionRecord, **options):
+    return lambda name, before: SelfAttentionEnergyProcessor(name, record, before, **options)
+
+
 def record_of(layer: Attention, *inputs: torch.Tensor) -> SelfAttentionRecord:
     record = SelfAttentionRecord(mean_square)
-    with installed_processors({"layer": layer}, lambda name: SelfAttentionEnergyProcessor(name, record)):
+    with installed_processors({"layer": layer}, processors(record)):
         for phase, hidden in zip(("reference", "source"), inputs, strict=True):
             record.phase = phase
             layer(hidden)
@@ -52,7 +56,7 @@ def test_the_output_is_that_of_the_stock_processor(options, picture):
     layer.set_processor(AttnProcessor2_0() if "qk_norm" in options else AttnProcessor())
     expected = layer(hidden, **extra)
     record = SelfAttentionRecord(mean_square)
-    with installed_processors({"layer": layer}, lambda name: SelfAttentionEnergyProcessor(name, record)):
+    with installed_processors({"layer": layer}, processors(record)):
         torch.testing.assert_close(layer(hidden, **extra), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -65,7 +69,7 @@ def test_a_context_and_a_mask_are_honoured(norm):
     layer.set_processor(AttnProcessor())
     expected = layer(hidden, context, attention_mask=mask)
     record = SelfAttentionRecord(mean_square)
-    with installed_processors({"layer": layer}, lambda name: SelfAttentionEnergyProcessor(name, record)):
+    with installed_processors({"layer": layer}, processors(record)):
         torch.testing.assert_close(layer(hidden, context, attention_mask=mask), expected)
 
 
@@ -93,6 +97,61 @@ def test_no_probabilities_are_kept():
     assert record.energies["layer"].shape == (1,)
 
 
+@pytest.mark.parametrize("heads_at_a_time", [1, 2, 3])
+def test_parts_of_a_few_heads_give_the_same_output_energy_and_gradient(monkeypatch, heads_at_a_time):
+    torch.manual_seed(0)
+    layer = Attention(query_dim=32, heads=4, dim_head=8).eval()
+    reference, source = torch.randn(2, 24, 32), torch.randn(2, 24, 32)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        record = SelfAttentionRecord(mean_square)
+        leaf = source.clone().requires_grad_(True)
+        with installed_processors({"layer": layer}, processors(record)):
+            with torch.no_grad():
+                layer(reference)
+            record.phase = "source"
+            output = layer(leaf)
+            energy = record.energies["layer"]
+            (gradient,) = torch.autograd.grad(1e4 * energy.sum() + output.square().sum(), leaf)
+        return output.detach(), energy.detach(), gradient
+
+    whole = run()
+    monkeypatch.setattr("diffusers_ext.attention.self_attention.PART_SIZE", heads_at_a_time * 2 * 24 * 24)
+    for part, expected in zip(run(), whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_is_compared_in_float32():
+    layer = attention().half()
+    hidden = torch.randn(1, 24, 32)
+    moved = hidden + 2e-3 * torch.randn(1, 24, 32)
+    exact = record_of(attention(), hidden.half().float(), moved.half().float()).energies["layer"]
+    found = record_of(layer, hidden.half(), moved.half()).energies["layer"]
+    assert found.dtype == torch.float32 and 0 < exact.item() < 1e-6
+    assert abs(found.item() / exact.item() - 1) < 0.1
+
+
+def test_a_layer_that_is_not_read_runs_its_own_processor():
+    layer, calls = attention(), []
+
+    class Own:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+            calls.append(hidden_states.shape)
+            return hidden_states
+
+    layer.set_processor(Own())
+    record = SelfAttentionRecord(mean_square, "target")
+    with installed_processors({"layer": layer}, processors(record, reads=lambda name, tokens: tokens <= 16)):
+        layer(torch.randn(1, 24, 32))  # too many tokens
+        record.phase = "source"
+        layer(torch.randn(1, 16, 32))  # the record compares with the target pass
+        assert len(calls) == 2 and not record.queries_and_keys and record.tokens == {16, 24}
+        for phase in ("reference", "target"):
+            record.phase = phase
+            layer(torch.randn(1, 16, 32))
+    assert len(calls) == 2 and record.energies["layer"].item() > 0
+
+
 def test_layers_get_back_the_same_processors_also_after_an_error():
     unet = tiny_unet()
 
@@ -107,7 +166,7 @@ def test_layers_get_back_the_same_processors_also_after_an_error():
     others = [name for name in before if name.removesuffix(".processor") not in layers]
     assert others
     record = SelfAttentionRecord(mean_square)
-    with pytest.raises(KeyError), installed_processors(layers, lambda n: SelfAttentionEnergyProcessor(n, record)):
+    with pytest.raises(KeyError), installed_processors(layers, processors(record)):
         assert all(unet.attn_processors[name] is before[name] for name in others)
         assert isinstance(first.processor, SelfAttentionEnergyProcessor)
         raise KeyError
@@ -119,11 +178,8 @@ def test_two_energies_cannot_share_a_layer():
     layers = {"layer": attention()}
     record = SelfAttentionRecord(mean_square)
 
-    def make(name):
-        return SelfAttentionEnergyProcessor(name, record)
-
-    with installed_processors(layers, make), pytest.raises(ValueError, match="sum of their scales"):
-        with installed_processors(layers, make):
+    with installed_processors(layers, processors(record)), pytest.raises(ValueError, match="sum of their scales"):
+        with installed_processors(layers, processors(record)):
             pass
 
 

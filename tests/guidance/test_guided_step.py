@@ -6,7 +6,15 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffusers_ext.guidance import FeatureEnergy, GuidanceEnergy, GuidedStep, NormRescaler, SelfAttentionEnergy
+from diffusers_ext.guidance import (
+    FeatureEnergy,
+    GuidanceEnergy,
+    GuidedStep,
+    NormRescaler,
+    SelfAttentionEnergy,
+    join_conditions,
+    text_condition,
+)
 from diffusers_ext.inversion import v_from_epsilon
 
 
@@ -43,9 +51,9 @@ def recorded(golden: Any, name: str, step: int) -> tuple[dict[str, Any], dict[st
         "timestep": int(file["timesteps"][step]),
         "alpha_bar": file.tensor("alphas_cumprod_at_timesteps")[step],
         "guidance_scale": 7.5,
-        "negative_embeds": negative,
-        "target_embeds": target,
-        "source_embeds": source if guided else None,
+        "negative": text_condition(negative),
+        "target": text_condition(target),
+        "source": text_condition(source) if guided else None,
         "reference_latents": inverted[10 - step] if guided else None,
     }
     names = ("noise_pred", "scale_other", "norm_other", "norm_cfg")
@@ -131,18 +139,22 @@ def test_nothing_is_added_where_edit_and_source_are_the_same(unet, golden, noise
     assert torch.equal(found.noise_pred, GuidedStep(unet, [])(**start).noise_pred)
 
 
-def test_samples_of_a_batch_do_not_see_each_other(unet, golden):
+@pytest.mark.parametrize("together", [1, 2, None])
+def test_samples_of_a_batch_do_not_see_each_other(unet, golden, together):
     steps = [recorded(golden, name, 3)[0] for name in ENERGIES]
     still = {**steps[0], "latents": steps[0]["reference_latents"]}  # has not left the source
-    batched = {"latents", "negative_embeds", "target_embeds", "source_embeds", "reference_latents"}
-    both = {
-        key: torch.cat([arguments[key] for arguments in (*steps, still)]) if key in batched else value
-        for key, value in steps[0].items()
-    }
-    step = GuidedStep(unet, guiders("nonstyle"))
+    samples = (*steps, still)
+    both = {**steps[0]}
+    for key in ("latents", "reference_latents"):
+        both[key] = torch.cat([arguments[key] for arguments in samples])
+    for key in ("negative", "target", "source"):
+        both[key] = join_conditions([arguments[key] for arguments in samples])
+    step = GuidedStep(unet, guiders("nonstyle"), samples_per_pass=together)
     found = step(**both)
     for i, arguments in enumerate(steps):
         alone = step(**arguments)
+        if together == 1:
+            assert torch.equal(found.noise_pred[i : i + 1], alone.noise_pred)
         torch.testing.assert_close(found.gamma[i : i + 1], alone.gamma, rtol=1e-3, atol=0)
         torch.testing.assert_close(found.noise_pred[i : i + 1], alone.noise_pred, atol=2e-3, rtol=0)
     assert found.gamma[2] == 1 and found.guidance_norm[2] == 0
@@ -208,7 +220,10 @@ def test_an_energy_of_ones_own_guides(unet, golden):
 @pytest.mark.parametrize(
     "value, answer",
     [
-        (lambda state: state.latents.flatten(1).sum(1) * float("nan"), "Own 2 is .nan. at timestep 700, not finite"),
+        (
+            lambda state: state.latents.flatten(1).sum(1) * float("nan"),
+            r"Own 2 is .nan. in step 2 \(timestep 700\), not finite",
+        ),
         (lambda state: state.latents.sum(), r"Own 2 returned \(\); an energy is one number per sample"),
         (lambda state: 3.0, "Own 2 returned float"),
         (lambda state: state.reference_latents.flatten(1).sum(1), "Own 2 does not depend on the latents"),
@@ -217,4 +232,4 @@ def test_an_energy_of_ones_own_guides(unet, golden):
 def test_a_wrong_energy_is_named(unet, golden, value, answer):
     fine = Own(lambda state: state.latents.flatten(1).sum(1))
     with pytest.raises(ValueError, match=answer):
-        GuidedStep(unet, [fine, Own(value)])(**recorded(golden, "nonstyle", 2)[0])
+        GuidedStep(unet, [fine, Own(value)])(**recorded(golden, "nonstyle", 2)[0], step=2, num_steps=10)
