@@ -17,10 +17,8 @@ from .imaging import FORMATS, fit_square, open_image
 from .reports import check_image_suffix, save_image, versions, write_json
 
 
-# What `--preset` stands for: arguments of `GuideAndRescalePipeline.__call__`, each of which its own option replaces.
-PRESETS: dict[str, dict[str, Any]] = {
-    "edit": {"guidance_scale": 7.5, "rescale_range": (0.33, 3.0), "guidance_end": 0.6},
-}
+# Names of `diffusers_ext.guidance.PRESETS`, here too so that `--help` does not have to import torch.
+PRESETS = ("edit", "stylize")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,6 +67,7 @@ def edit(options: argparse.Namespace) -> None:
 
     _quieten(options.debug)
     from . import GuideAndRescalePipeline
+    from .guidance import PRESETS as SETTINGS
     from .hub import load_pipeline, native_size, resolve_model
 
     model = resolve_model(options.model)
@@ -80,15 +79,16 @@ def edit(options: argparse.Namespace) -> None:
         "source_prompt": options.source,
         "prompt": options.prompt,
         "num_inference_steps": options.steps,
-        **PRESETS[options.preset],
+        "preset": options.preset,
+        "guidance_scale": options.guidance_scale,
+        "rescale_range": SETTINGS[options.preset].rescale_range,
+        "guidance_end": SETTINGS[options.preset].guidance_end,
         "alignment": options.alignment,
     }
-    given = {
-        "guidance_scale": options.guidance_scale,
-        "rescale_range": tuple(options.rescale_range) if options.rescale_range else None,
-        "guidance_end": options.guidance_end,
-    }
-    settings |= {name: value for name, value in given.items() if value is not None}
+    if options.rescale_range:
+        settings["rescale_range"] = tuple(options.rescale_range)
+    if options.guidance_end is not None:
+        settings["guidance_end"] = options.guidance_end
 
     start = time.perf_counter()
     result: Any = pipe(image=fit_square(image, size), **settings)
@@ -102,7 +102,6 @@ def edit(options: argparse.Namespace) -> None:
         "outputs": [str(path) for path in outputs],
         "model": model,
         "revision": options.revision,
-        "preset": options.preset,
         **settings,
         "device": str(pipe.device),
         "seconds": round(seconds, 3),
@@ -153,18 +152,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     edits.add_argument("--revision", metavar="SHA", help="branch, tag or commit of a Hub model")
     edits.add_argument(
-        "--preset", choices=sorted(PRESETS), default="edit", help="named settings (default: %(default)s)"
+        "--preset",
+        choices=PRESETS,
+        default="edit",
+        help="edit: change what the prompt says, keep the rest; stylize: repaint all, keep the layout (default: %(default)s)",
     )
-    edits.add_argument("--guidance-scale", type=float, metavar="W", help="pull towards the prompt (preset edit: 7.5)")
+    edits.add_argument(
+        "--guidance-scale", type=float, default=7.5, metavar="W", help="pull towards the prompt (default: %(default)s)"
+    )
     edits.add_argument(
         "--rescale-range",
         type=float,
         nargs=2,
         metavar=("LO", "HI"),
-        help="bounds of the norm of what keeps the picture, relative to the pull (preset edit: 0.33 3.0)",
+        help="bounds of the norm of what keeps the picture, relative to the pull (edit: 0.33 3.0, stylize: 1.5 1.5)",
     )
     edits.add_argument(
-        "--guidance-end", type=float, metavar="F", help="share of the steps that keep the picture (preset edit: 0.6)"
+        "--guidance-end",
+        type=float,
+        metavar="F",
+        help="share of the steps that keep the picture (edit: 0.6, stylize: 0.5)",
     )
     edits.add_argument(
         "--alignment",

@@ -170,7 +170,10 @@ class DDIMLadder:
                 raise ValueError(
                     f"num_inference_steps={num_inference_steps} is out of range; this model allows 1 to {trained}"
                 )
-            scheduler.set_timesteps(num_inference_steps)
+            try:
+                scheduler.set_timesteps(num_inference_steps)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"the config of the scheduler cannot be used: {error}") from error
             chosen = scheduler.timesteps
             if int(chosen.max()) >= trained or int(chosen.min()) < 0:
                 raise ValueError(

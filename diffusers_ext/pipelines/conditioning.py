@@ -92,8 +92,14 @@ class ConditioningMixin:
         Both are None if no IP-Adapter is loaded. Without `image` and `embeds` the first is as the second.
         """
         if getattr(self.unet.config, "encoder_hid_dim_type", None) != "ip_image_proj":
-            if image is not None or embeds is not None:
-                raise ValueError("ip_adapter_image needs an IP-Adapter; call load_ip_adapter() first, or leave it out")
+            for name, value in (("ip_adapter_image", image), ("ip_adapter_image_embeds", embeds)):
+                if value is not None:
+                    shape = getattr(value, "shape", None)
+                    kind = type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
+                    shown = repr(value) if isinstance(value, (str, int, float)) else f"a {kind}"
+                    raise ValueError(
+                        f"{name} is {shown}, but no IP-Adapter is loaded; call load_ip_adapter() first, or leave it out"
+                    )
             return None, None
         given = image is not None or embeds is not None
         if image is not None and embeds is not None:

@@ -54,6 +54,7 @@ class DDIMInversionMixin(ConditioningMixin):
         cross_attention_kwargs: dict[str, Any] | None = None,
         method: str = "ddim",
         timesteps: list[int] | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
     ) -> InversionOutput:
         """Inverts pictures by DDIM with their own prompts, without classifier-free guidance.
 
@@ -76,6 +77,9 @@ class DDIMInversionMixin(ConditioningMixin):
             timesteps (`list[int]`, *optional*):
                 Descending timesteps instead of evenly spaced ones, as few-step models are trained for;
                 `num_inference_steps` has no effect then.
+            ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*):
+                With an IP-Adapter but no image encoder: one tensor `(2, 1, width)` for each adapter, of which the first half
+                stands for no picture prompt.
 
         Returns:
             [`InversionOutput`]: For the `inversion` argument of any number of calls; it can be saved.
@@ -92,7 +96,15 @@ class DDIMInversionMixin(ConditioningMixin):
         ladder = self._ladder(num_inference_steps, timesteps)
         prompts = checked_prompts(source_prompt, "source_prompt")
         pixels = images_to_tensor(image, height, width)
-        output = self._invert(pixels, prompts, ladder, alignment, cross_attention_kwargs, method)
+        output = self._invert(
+            pixels,
+            prompts,
+            ladder,
+            alignment,
+            cross_attention_kwargs,
+            method,
+            image_prompt=(None, ip_adapter_image_embeds),
+        )
         self.maybe_free_model_hooks()
         return output
 
@@ -122,12 +134,13 @@ class DDIMInversionMixin(ConditioningMixin):
         cross_attention_kwargs: dict[str, Any] | None,
         method: str = "ddim",
         samples_per_pass: int | None = 1,
+        image_prompt: tuple[Any, Any] = (None, None),
     ) -> InversionOutput:
         prompts = spread(prompts, len(pixels), "source_prompt", "pictures")
         device, dtype = self._execution_device, self.unet.dtype
         image_size = list(pixels.shape[-2:])
         lora_scale = (cross_attention_kwargs or {}).get("scale")
-        _, image_embeds = self._image_prompts(None, None, len(prompts))
+        _, image_embeds = self._image_prompts(*image_prompt, len(prompts))
         start = self._encode(pixels).to(dtype)
         check_finite(start, "the encoded picture", self.vae.dtype)
         condition = self._condition(prompts, image_size, lora_scale, image_embeds)

@@ -222,7 +222,14 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
             prompts = self._results(prompt, len(pixels))
             check_generator(generator, len(prompts))
             inversion = self._invert(
-                pixels, sources, ladder, alignment, cross_attention_kwargs, inversion_method, samples_per_pass
+                pixels,
+                sources,
+                ladder,
+                alignment,
+                cross_attention_kwargs,
+                inversion_method,
+                samples_per_pass,
+                (ip_adapter_image, ip_adapter_image_embeds),
             )
             forward_passes += inversion.network_evaluations
         else:
@@ -292,7 +299,9 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
                     changed = callback_on_step_end(self, i, t, shown) or {}
                     latents = same_shape(changed.get("latents", latents), latents, "latents")
                     for name, item in conditions.items():
-                        item["encoder_hidden_states"] = changed.get(name, tensors[name])
+                        item["encoder_hidden_states"] = same_shape(
+                            changed.get(name, tensors[name]), tensors[name], name
+                        )
                 progress_bar.update()
 
         has_nsfw_concept = None
@@ -392,8 +401,11 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
                 "use enable_model_cpu_offload(), or pass guiders=[]"
             )
         with ExitStack() as stack:
-            for guider in guiders:
-                stack.enter_context(guider.attach(getattr(self.unet, "_orig_mod", self.unet)))
+            for number, guider in enumerate(guiders):
+                try:
+                    stack.enter_context(guider.attach(getattr(self.unet, "_orig_mod", self.unet)))
+                except ValueError as error:
+                    raise ValueError(f"guiders[{number}], a {type(guider).__name__}: {error}") from error
 
     @staticmethod
     def _results(prompt: Any, pictures: int) -> list[str]:

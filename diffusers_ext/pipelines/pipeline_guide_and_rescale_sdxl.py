@@ -60,6 +60,8 @@ class GuideAndRescaleStableDiffusionXLPipeline(
         ```
     """
 
+    # Unlike in the parent, which also serves a refiner without the first text encoder.
+    _optional_components = ["image_encoder", "feature_extractor"]
     _presets: Mapping[str, GuidancePreset] = SDXL_PRESETS
 
     # Repeated in full, since diffusers reads the components of a pipeline from this signature.

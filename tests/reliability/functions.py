@@ -97,24 +97,38 @@ EDIT_ARGUMENTS = {
             None, [], Made("<attention>", lambda rng: [SelfAttentionEnergy(rng.choice([0, 1e-3, 3e5]))]),
             Made("<features>", lambda rng: [FeatureEnergy(rng.choice([0, 500.0]), loss=rng.choice(["l1", "l2"]))]),
             Made("<negative>", lambda rng: (FeatureEnergy(-5.0, layer="conv_norm_out"), SelfAttentionEnergy())),
+            Made("<by step>", lambda rng: [SelfAttentionEnergy(lambda step, steps: 3e5 * (step < 1), loss="l1")]),
+            Made("<target>", lambda rng: [FeatureEnergy(branch="target"), SelfAttentionEnergy(branch="target")]),
+            Made("<by tokens>", lambda rng: [SelfAttentionEnergy(layers=256), FeatureEnergy()]),
         ],
         bad=[
             5, "all", {}, object, [None], ["self"], SelfAttentionEnergy(), [SelfAttentionEnergy],
             Made("<no such layer>", lambda rng: [FeatureEnergy(layer="up_blocks.9")]),
             Made("<no such attention>", lambda rng: [SelfAttentionEnergy(layers=["mid_blok"])]),
+            Made("<no such tokens>", lambda rng: [SelfAttentionEnergy(layers=3)]),
+            Made("<bad weight>", lambda rng: [FeatureEnergy(lambda step, steps: rng.choice([NAN, None, "x"]))]),
         ],
     ),
     "num_inference_steps": Argument(good=[1, 2, 3, np.int64(2)], bad=[*NOT_COUNTS, 1001, 2000, object]),
     "guidance_scale": Argument(good=[0, 1, 1.0, 7.5, 30.0], bad=[*NOT_NUMBERS, -1.0, 1e308, True]),
     "rescale_range": Argument(
-        good=[(0.33, 3.0), [0, 1], (0, INF), (1, 1), (2.0, 2)],
+        good=[None, (0.33, 3.0), [0, 1], (0, INF), (1, 1), (2.0, 2)],
         bad=[
-            (3.0, 0.33), (NAN, 1), (0, NAN), (-1, 1), (INF, INF), 1.0, None, "ab", "0.3,3", (1,), (1, 2, 3), ("a", "b"),
+            (3.0, 0.33), (NAN, 1), (0, NAN), (-1, 1), (INF, INF), 1.0, "ab", "0.3,3", (1,), (1, 2, 3), ("a", "b"),
             (None, 1), (0, 1e308), (1e308, INF), [[0], [1]], {},
         ],
     ),
     "guidance_end": Argument(good=[0, 0.5, 0.6, 1, 1.0], bad=[*NOT_NUMBERS, -0.1, 1.01, 50, True]),
     "alignment": Argument(good=["matched", "official"], bad=TYPOS),
+    "preset": Argument(good=["edit", "stylize"], bad=TYPOS),
+    "inversion_method": Argument(good=["ddim", "negative_prompt"], bad=TYPOS),
+    "timesteps": Argument(
+        good=[None, [999, 499], [0], (7, 3, 1), np.array([500, 100])],
+        bad=[5, "999", [], [1, 2], [1000], [-1], [5, 5], [1.5], [None], {}, [True], torch.zeros(2, 2)],
+    ),
+    "samples_per_pass": Argument(good=[1, 2, None], bad=NOT_COUNTS),
+    "ip_adapter_image": Argument(good=[None], bad=[5, "x", Made("<picture>", lambda rng: torch.rand(1, 3, 8, 8))]),
+    "ip_adapter_image_embeds": Argument(good=[None], bad=[[], 5, [torch.zeros(2, 1, 4)]]),
     "inversion": Argument(
         good=[None], bad=["x", 5, {}, [], Made("<torn>", lambda rng: _torn_inversion(rng.choice(TEARS))), object]
     ),
@@ -135,6 +149,7 @@ EDIT_ARGUMENTS = {
         good=[None, Made("<callback>", _callback(lambda rng, tensors: rng.choice([None, {}, tensors])))],
         bad=[
             5, "f", {}, Made("<callback: bad latents>", _callback(lambda rng, tensors: {"latents": rng.choice(SPOILT)})),
+            Made("<callback: bad prompt>", _callback(lambda rng, tensors: {"prompt_embeds": rng.choice(SPOILT)})),
         ],
     ),
     "callback_on_step_end_tensor_inputs": Argument(
@@ -145,6 +160,7 @@ INVERT_ARGUMENTS = {
     name: EDIT_ARGUMENTS[name]
     for name in (
         "image", "source_prompt", "num_inference_steps", "alignment", "height", "width", "cross_attention_kwargs",
+        "timesteps",
     )
 }  # fmt: skip
 

@@ -35,7 +35,12 @@ def pipeline_calls(subject: PipelineSubject) -> Iterator[WrongCall]:
         return pipeline(**subject.good())
 
     def of_another_family() -> Any:
-        return type(shared_pipeline(subject.name))(**{**tiny_components(), "unet": tiny_stable_diffusion_xl().unet})
+        pipeline: Any = subject.build()
+        is_xl = getattr(pipeline.unet.config, "addition_embed_type", None) == "text_time"
+        other = tiny_components()["unet"] if is_xl else tiny_stable_diffusion_xl().unet
+        expected, _ = pipeline._get_signature_keys(pipeline)
+        parts = {part: value for part, value in pipeline.components.items() if part in expected}
+        return type(pipeline)(**{**parts, "unet": other})
 
     picture = torch.full((1, 3, 32, 32), 0.5)
     latents = torch.randn(1, 1, LATENT_SIZE, LATENT_SIZE)
@@ -48,7 +53,7 @@ def pipeline_calls(subject: PipelineSubject) -> Iterator[WrongCall]:
     yield WrongCall(name, TYPO, with_typo, "prediction_type", "epsilonn")
     yield WrongCall(name, FILE, lambda: subject.load(ABSENT), "pretrained_model_name_or_path", re.escape(ABSENT))
     yield WrongCall(name, MISSPELT, call(guidance_scal=3.0), "guidance_scal", "unexpected keyword")
-    yield WrongCall(name, FAMILY, of_another_family, "UNet", "text_time")
+    yield WrongCall(name, FAMILY, of_another_family, "UNet", "addition_embed_type=")
 
 
 def scheduler_calls(name: str, scheduler_class: Any, settings: dict[str, Any]) -> Iterator[WrongCall]:
