@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ext.metrics import psnr, ssim
+from diffusers_ext.metrics import (
+    COCO_MEANS,
+    COCO_STANDARD_DEVIATIONS,
+    gmsd,
+    magnitude_score,
+    psnr,
+    sliced_wasserstein,
+    ssim,
+)
 
 
 def test_psnr_of_a_constant_error_is_its_closed_form():
@@ -46,3 +54,76 @@ def test_ssim_agrees_with_a_direct_evaluation_of_its_definition():
 def test_broadcastable_shapes_are_refused(measure):
     with pytest.raises(ValueError, match=r"images \(1, 1, 16, 16\) and reference \(1, 3, 16, 16\) must both"):
         measure(torch.zeros(1, 1, 16, 16), torch.zeros(1, 3, 16, 16))
+
+
+def test_magnitude_score_is_the_mean_of_the_peaks_that_reach_the_threshold():
+    means, deviations = torch.tensor(COCO_MEANS), torch.tensor(COCO_STANDARD_DEVIATIONS)
+    latents = means[:, None, None].repeat(2, 1, 9, 8)  # the ninth row fills no patch
+    latents[0, 1, 2, 3] -= 5 * deviations[1]
+    latents[0, 2, 3, 3] += 4 * deviations[2]  # in the same patch, smaller
+    latents[0, 0, 5, 5] += 2.9 * deviations[0]  # below the threshold
+    latents[0, 3, 8, 0] += 100 * deviations[3]  # in the row that fills no patch
+    latents[1, 3, 7, 7] += 3.5 * deviations[3]
+    assert torch.allclose(magnitude_score(latents), torch.tensor([5 / 4, 3.5 / 4]).double(), atol=1e-5)
+
+
+def test_magnitude_score_of_gaussian_latents_is_its_expectation():
+    # The largest of 64 absolute normal values: E[m; m >= 3] by numerical integration of its distribution.
+    grid = torch.linspace(3.0, 9.0, 20001, dtype=torch.float64)
+    share_below = torch.special.erf(grid / math.sqrt(2)) ** 64
+    expected = 3.0 * (1 - share_below[0]) + torch.trapezoid(1 - share_below, grid)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(64, 4, 64, 64, generator=generator) * torch.tensor(COCO_STANDARD_DEVIATIONS)[:, None, None]
+    latents += torch.tensor(COCO_MEANS)[:, None, None]
+    assert magnitude_score(latents).mean().item() == pytest.approx(expected.item(), rel=0.03)
+
+
+def test_sliced_wasserstein_of_a_moved_set_is_its_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(50, 4, 5, generator=generator)
+    move = torch.randn(4, 5, generator=generator)
+    expected = move.double().norm().item() / math.sqrt(20)
+    assert sliced_wasserstein(samples, samples + move, 20_000).item() == pytest.approx(expected, rel=0.02)
+    assert sliced_wasserstein(samples, samples[torch.randperm(50)]).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_sliced_wasserstein_of_gaussians_is_the_difference_of_their_spreads():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(20_000, 2, generator=generator), 3 * torch.randn(15_000, 2, generator=generator)
+    assert sliced_wasserstein(first, second, 64).item() == pytest.approx(2.0, rel=0.03)
+    # In one dimension nothing is random: the distance is that of the sorted values.
+    assert sliced_wasserstein(torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [1.0]])).item() == pytest.approx(
+        math.sqrt(5)
+    )
+
+
+def test_measures_of_sets_and_latents_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match="latents of shape"):
+        magnitude_score(torch.zeros(1, 4, 3, 8))
+    with pytest.raises(ValueError, match="one number for each of the 3 channels"):
+        magnitude_score(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="samples"):
+        sliced_wasserstein(torch.zeros(3, 2), torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="projections=0"):
+        sliced_wasserstein(torch.zeros(3, 2), torch.zeros(3, 2), 0)
+
+
+def test_gmsd_of_a_ramp_has_its_closed_form():
+    # A ramp, and the same ramp that stops in the middle. Of means of two pixels, over two of them: 4 / 64, and 0 in the right half.
+    ramp = torch.arange(64.0).expand(1, 3, 64, 64) / 64 * 2 - 1
+    stopped = ramp.clone()
+    stopped[..., 32:] = stopped[..., 31:32]
+    kept = torch.tensor([4.0] * 14 + [2.5, 0.5] + [0.0] * 14, dtype=torch.float64) / 64
+    slope, c = 4 / 64, 170 / 255**2
+    similarity = (2 * slope * kept + c) / (slope**2 + kept**2 + c)
+    assert gmsd(stopped, ramp).item() == pytest.approx(similarity.std(correction=0).item(), rel=1e-9)
+
+
+def test_gmsd_is_zero_for_equal_pictures_and_grows_with_blur():
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    assert gmsd(reference, reference).tolist() == [0.0, 0.0]
+    less, more = (torch.nn.functional.avg_pool2d(reference, k, 1, k // 2) for k in (3, 7))
+    assert bool((gmsd(more, reference) > gmsd(less, reference)).all() and (gmsd(less, reference) > 0.01).all())
+    with pytest.raises(ValueError, match="give three channels"):
+        gmsd(reference[:, :1], reference[:, :1])

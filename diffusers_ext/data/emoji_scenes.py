@@ -151,6 +151,7 @@ class EmojiScenes:
         slugs = {word: slug for slug, word in OBJECTS.items()}
         drawings = [[sheet.sprites[slugs[word]] for word in self.object_names] for sheet in loaded]
         self._sprites, coloured, native_colour = _paint(drawings, self.colour_names)
+        self.native_colours = tuple(native_colour)  # the palette's name of what each drawing has by itself
         self._weights = _label_weights(
             self.object_names, self.colour_names, self.background_names, coloured, native_colour
         )

@@ -1,5 +1,6 @@
 """From pictures to latents at every noise level."""
 
+from .bdia import BDIAPair, bdia_invert, bdia_regenerate
 from .ddim import (
     ALIGNMENTS,
     DDIMLadder,
@@ -13,8 +14,11 @@ from .output import InversionOutput, model_fingerprint
 
 __all__ = [
     "ALIGNMENTS",
+    "BDIAPair",
     "DDIMLadder",
     "InversionOutput",
+    "bdia_invert",
+    "bdia_regenerate",
     "ddim_inversion_states",
     "ddim_step",
     "epsilon_from_v",

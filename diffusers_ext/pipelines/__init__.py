@@ -2,6 +2,13 @@
 
 from .pipeline_guide_and_rescale import GuideAndRescalePipeline, GuideAndRescalePipelineOutput
 from .pipeline_guide_and_rescale_sdxl import GuideAndRescaleStableDiffusionXLPipeline
+from .pipeline_mr_restoration import MRRestorationPipeline, MRRestorationPipelineOutput
 
 
-__all__ = ["GuideAndRescalePipeline", "GuideAndRescalePipelineOutput", "GuideAndRescaleStableDiffusionXLPipeline"]
+__all__ = [
+    "GuideAndRescalePipeline",
+    "GuideAndRescalePipelineOutput",
+    "GuideAndRescaleStableDiffusionXLPipeline",
+    "MRRestorationPipeline",
+    "MRRestorationPipelineOutput",
+]

@@ -6,5 +6,28 @@ names only if its module is already in `sys.modules`.
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .scheduling_adaptive_adams import AdaptiveAdamsScheduler
+from .scheduling_bdia_ddim import BDIADDIMScheduler
+from .scheduling_bdia_ddim_inverse import BDIADDIMInverseScheduler
+from .scheduling_evodiff import EVODiffScheduler
+from .scheduling_ghvb import GHVBScheduler
+from .scheduling_heavy_ball_dpmsolver_multistep import HeavyBallDPMSolverMultistepScheduler
+from .scheduling_heavy_ball_unipc_multistep import HeavyBallUniPCMultistepScheduler
+from .scheduling_mean_reverting_adapter import MeanRevertingAdapter
+from .scheduling_mr import MRScheduler
+from .scheduling_resfusion import ResfusionScheduler
 
-__all__ = ["SchedulerMixin"]
+
+__all__ = [
+    "AdaptiveAdamsScheduler",
+    "BDIADDIMInverseScheduler",
+    "BDIADDIMScheduler",
+    "EVODiffScheduler",
+    "GHVBScheduler",
+    "HeavyBallDPMSolverMultistepScheduler",
+    "HeavyBallUniPCMultistepScheduler",
+    "MRScheduler",
+    "MeanRevertingAdapter",
+    "ResfusionScheduler",
+    "SchedulerMixin",
+]

@@ -13,11 +13,15 @@ import numpy as np
 import torch
 
 from diffusers_ext import FeatureEnergy, GuideAndRescalePipeline, InversionOutput, NormRescaler, SelfAttentionEnergy
+from diffusers_ext.data.degradations import DEGRADATIONS, degrade
 from diffusers_ext.data.emoji_scenes import EmojiScenes, vendor_pairs
+from diffusers_ext.data.photographs import photograph
+from diffusers_ext.data.spectrograms import CompressedSTFT
 from diffusers_ext.hub import resolve_device, resolve_model
 from diffusers_ext.imaging import check_image, fit_square, open_image
 from diffusers_ext.integrity import atomic_folder, atomic_write, check_weights
 from diffusers_ext.inversion import DDIMLadder
+from diffusers_ext.schedulers import MRScheduler
 
 from .registry import INF, NAN, Argument, Function, Made, sample_picture, shared_pipeline
 from .sandbox import scratch
@@ -269,6 +273,96 @@ NOISE = Argument(good=[_noise(1), _noise(0), _noise(1e-20), _noise(1e15), _noise
 SCALES = Argument(good=[0, 1, 3e5, -2.0], bad=NOT_NUMBERS)
 FEW_PICTURES = [picture(kind) for kind in ("RGB", "L", "RGBA", "I;16")]
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Restoration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _restore(**arguments: Any) -> Any:
+    pipeline: Any = shared_pipeline("MRRestorationPipeline")
+    return pipeline(**arguments)
+
+
+def _mean_reverting(
+    trained_thetas: Any, algorithm_type: Any, solver_order: Any, sigma_inf: Any, timesteps: Any
+) -> Any:
+    schedule = "cosine" if trained_thetas is None else "trained"
+    scheduler = MRScheduler(
+        num_train_timesteps=4, theta_schedule=schedule, trained_thetas=trained_thetas, algorithm_type=algorithm_type,
+        solver_order=solver_order, sigma_inf=sigma_inf,
+    )  # fmt: skip
+    scheduler.set_timesteps(timesteps=timesteps)
+    return [scheduler.timesteps, scheduler.sigmas]
+
+
+def _wave_and_back(wave: Any, n_fft: Any, hop_length: Any, exponent: Any, length: Any) -> Any:
+    transform = CompressedSTFT(n_fft, hop_length, exponent)
+    return transform.decode(transform.encode(wave), length)
+
+
+def _unit_noise(*shape: int) -> Made:
+    return Made(f"<uniform {shape}>", lambda rng: torch.rand(*shape))
+
+
+RESTORATION: tuple[Function, ...] = (
+    Function("MRRestorationPipeline", _restore, {
+        "image": PICTURES,
+        "num_inference_steps": Argument(good=[1, 2, 3, np.int64(2)], bad=[*NOT_COUNTS, 101, 2000, object]),
+        "strength": Argument(good=[1.0, 1, 0.5, 1e-9], bad=[*NOT_NUMBERS, 0, -0.1, 1.01, True, 1e308]),
+        "latents": Argument(good=[None], bad=[0, "x", [], torch.zeros(1), torch.full((1, 3, 32, 32), NAN), object]),
+        "generator": EDIT_ARGUMENTS["generator"],
+        "output_type": EDIT_ARGUMENTS["output_type"],
+        "return_dict": EDIT_ARGUMENTS["return_dict"],
+        "callback_on_step_end": EDIT_ARGUMENTS["callback_on_step_end"],
+        "callback_on_step_end_tensor_inputs": Argument(
+            good=[["latents"], [], ["mean"]], bad=["latents", None, 5, ["latent"], [None], ["self"], {}]
+        ),
+    }, is_model=True),
+    Function("MRScheduler", _mean_reverting, {
+        "trained_thetas": Argument(
+            good=[None, [1.0] * 5, [0.1, 0.2, 0.3, 0.4, 5.0]],
+            bad=[[], [1.0], [0.0] * 5, [NAN] * 5, [-1.0] * 5, ["a"] * 5, "abcde", 5, {}, [[1.0]] * 5, [None] * 5, object],
+        ),
+        "algorithm_type": Argument(
+            good=["ode-d", "ode-n", "sde-d", "sde-n", "posterior", "euler-maruyama"], bad=["ode", "", None, 0, [], {}, object]
+        ),
+        "solver_order": Argument(good=[2, 1], bad=[0, 4, -1, 1.5, NAN, "2", None, [], True, object]),
+        "sigma_inf": Argument(good=[0.2, 1, 70 / 255], bad=[*NOT_NUMBERS, 0, -1.0, True]),
+        "timesteps": Argument(
+            good=[[4.0, 2.0], [4], [3.5, 0.1], torch.tensor([4.0, 1.0])],
+            bad=[None, [], [0.0], [1, 2], [5.0], [NAN], "43", 5, {}, [[4.0]], [None], object, [4.0, 4.0], -1],
+        ),
+    }),
+    Function("degrade", lambda images, kinds: degrade(images, kinds)[0], {
+        "images": Argument(
+            good=[_unit_noise(2, 3, 16, 16), _unit_noise(1, 3, 5, 7), _unit_noise(1, 3, 1, 1)],
+            bad=[
+                None, 5, "x", [], object, torch.zeros(3, 8, 8), torch.zeros(0, 3, 8, 8), torch.full((1, 3, 8, 8), NAN),
+                torch.full((1, 3, 8, 8), 7.0), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 5, 0, 8),
+            ],
+        ),
+        "kinds": Argument(
+            good=[None, *([name] for name in DEGRADATIONS), "noise"], bad=["fog", [], ["fog"], [None], 5, {}, [[]], object]
+        ),
+    }),
+    Function("CompressedSTFT", _wave_and_back, {
+        "wave": Argument(
+            good=[_unit_noise(1, 2000), _unit_noise(2, 1999)],
+            bad=[
+                None, 5, "x", [], object, torch.zeros(2000), torch.zeros(1, 10), torch.full((1, 2000), NAN),
+                torch.zeros(1, 2000, dtype=torch.int64), torch.zeros(0, 2000),
+            ],
+        ),
+        "n_fft": Argument(good=[510, 256], bad=[0, -2, 511, 2.5, NAN, "510", None, [], True, object]),
+        "hop_length": Argument(good=[128, 100], bad=[0, -1, 400, 2.5, NAN, "128", None, [], True, object]),
+        "exponent": Argument(good=[0.5, 1, 0.667], bad=[*NOT_NUMBERS, 0, -1.0, 1.5, True]),
+        "length": Argument(good=[1999, 100, 1], bad=[0, -1, 10**9, 2.5, NAN, "9", None, [], True, object]),
+    }),
+    Function("photograph", photograph, {
+        "name": Argument(good=["chelsea.png"], bad=["", "cat.png", "../chelsea.png", None, 5, [], {}, b"chelsea.png", object]),
+    }),
+)  # fmt: skip
+
 FUNCTIONS: tuple[Function, ...] = (
     Function("GuideAndRescalePipeline", _edit, EDIT_ARGUMENTS, is_model=True),
     Function("GuideAndRescalePipeline.invert", _invert, INVERT_ARGUMENTS, is_model=True),
@@ -361,4 +455,5 @@ FUNCTIONS: tuple[Function, ...] = (
     Function("check_weights", lambda modules: check_weights(modules), {
         "modules": Argument(good=[{}, {"a": torch.nn.Linear(2, 2)}], bad=[]),
     }),
+    *RESTORATION,
 )  # fmt: skip

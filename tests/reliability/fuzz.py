@@ -19,7 +19,7 @@ import torch
 
 from .functions import FUNCTIONS
 from .outcomes import LIBRARY, OK, REFUSED, Tally, classify
-from .registry import SCHEDULERS, STOCK_SCHEDULERS, Argument, Function, Made
+from .registry import SCHEDULERS, STEP_ARGUMENTS, STOCK_SCHEDULERS, Argument, Function, Made
 from .sandbox import sandbox, scratch
 
 
@@ -148,7 +148,8 @@ def _walk(
         return [scheduler.timesteps]
     for timestep in scheduler.timesteps[:6]:
         scaled = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-        latents = scheduler.step(0.1 * scaled, timestep, latents).prev_sample
+        further = STEP_ARGUMENTS.get(scheduler_class.__name__, lambda sample: {})(latents)
+        latents = scheduler.step(0.1 * scaled, timestep, latents, **further).prev_sample
     return latents
 
 

@@ -22,7 +22,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.helpers.tiny_models import IMAGE_SIZE, tiny_components, tiny_vae
+from tests.helpers.tiny_models import IMAGE_SIZE, tiny_components, tiny_stable_diffusion_xl, tiny_vae
+from tests.helpers.tiny_restoration import tiny_restoration
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,25 @@ class Script:
 # Schedulers: class name -> settings that it is built with. Ours are asserted on, stock ones are the anchor.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SCHEDULERS: dict[str, dict[str, Any]] = {}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "AdaptiveAdamsScheduler": {},
+    "BDIADDIMInverseScheduler": {},
+    "BDIADDIMScheduler": {},
+    "EVODiffScheduler": {},
+    "GHVBScheduler": {"use_karras_sigmas": False},
+    "HeavyBallDPMSolverMultistepScheduler": {},
+    "HeavyBallUniPCMultistepScheduler": {},
+    "MRScheduler": {"num_train_timesteps": 1000},
+    "MeanRevertingAdapter": {"num_train_timesteps": 1000, "scheduler_class": "UniPCMultistepScheduler"},
+    "ResfusionScheduler": {"num_train_timesteps": 26},  # which has ten steps, and no other number of them
+}
+
+# Further arguments that a step cannot do without, made from the sample.
+STEP_ARGUMENTS: dict[str, Callable[[torch.Tensor], dict[str, Any]]] = {
+    "MRScheduler": lambda sample: {"mean": torch.zeros_like(sample)},
+    "MeanRevertingAdapter": lambda sample: {"mean": torch.zeros_like(sample)},
+    "ResfusionScheduler": lambda sample: {"mean": torch.zeros_like(sample)},
+}
 
 STOCK_SCHEDULERS = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
@@ -141,8 +160,45 @@ def good_edit() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def build_guide_and_rescale_sdxl() -> DiffusionPipeline:
+    from diffusers_ext import GuideAndRescaleStableDiffusionXLPipeline
+
+    parts = tiny_stable_diffusion_xl().components
+    parts.pop("force_zeros_for_empty_prompt", None)
+    pipeline = GuideAndRescaleStableDiffusionXLPipeline(**parts, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_guide_and_rescale_sdxl(folder: str) -> DiffusionPipeline:
+    from diffusers_ext import GuideAndRescaleStableDiffusionXLPipeline
+
+    pipeline = GuideAndRescaleStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_mr_restoration(folder: str) -> DiffusionPipeline:
+    from diffusers_ext import MRRestorationPipeline
+
+    pipeline = MRRestorationPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def good_restoration() -> dict[str, Any]:
+    return {"image": sample_picture(), "num_inference_steps": 2, "output_type": "np"}
+
+
 PIPELINES: tuple[PipelineSubject, ...] = (
     PipelineSubject("GuideAndRescalePipeline", build_guide_and_rescale, good_edit, load_guide_and_rescale),
+    PipelineSubject(
+        "GuideAndRescaleStableDiffusionXLPipeline",
+        build_guide_and_rescale_sdxl,
+        good_edit,
+        load_guide_and_rescale_sdxl,
+    ),
+    PipelineSubject("MRRestorationPipeline", tiny_restoration, good_restoration, load_mr_restoration),
 )
 
 
@@ -182,7 +238,13 @@ def train_autoencoder(run: Path) -> list[str]:
     return [*SHORT_RUN, *own.split(), "--output_dir", str(run)]
 
 
+def train_mr_restoration(run: Path) -> list[str]:
+    own = "--unet_channels 8 8 --norm_num_groups 4 --num_validation_images 2 --validation_nfes 1 --max_train_steps 12"
+    return [*SHORT_RUN, *own.split(), "--output_dir", str(run)]
+
+
 SCRIPTS: tuple[Script, ...] = (
     Script("train_text_to_image", "training.train_text_to_image", 12, save_tiny_vae, train_text_to_image),
     Script("train_autoencoder", "training.train_autoencoder", 12, lambda folder: None, train_autoencoder),
+    Script("train_mr_restoration", "training.train_mr_restoration", 12, lambda folder: None, train_mr_restoration),
 )

@@ -13,7 +13,7 @@ from diffusers_ext.imaging import check_image, open_image
 from tests.helpers.tiny_models import LATENT_SIZE, tiny_components, tiny_stable_diffusion_xl
 
 from .outcomes import CURES, Tally
-from .registry import NAN, PIPELINES, SCHEDULERS, PipelineSubject, WrongCall, shared_pipeline
+from .registry import NAN, PIPELINES, SCHEDULERS, STEP_ARGUMENTS, PipelineSubject, WrongCall, shared_pipeline
 from .sandbox import sandbox
 
 
@@ -53,14 +53,15 @@ def pipeline_calls(subject: PipelineSubject) -> Iterator[WrongCall]:
     yield WrongCall(name, TYPO, with_typo, "prediction_type", "epsilonn")
     yield WrongCall(name, FILE, lambda: subject.load(ABSENT), "pretrained_model_name_or_path", re.escape(ABSENT))
     yield WrongCall(name, MISSPELT, call(guidance_scal=3.0), "guidance_scal", "unexpected keyword")
-    yield WrongCall(name, FAMILY, of_another_family, "UNet", "addition_embed_type=")
+    yield WrongCall(name, FAMILY, of_another_family, "UNet", "addition_embed_type=|4 input and 4 output")
 
 
 def scheduler_calls(name: str, scheduler_class: Any, settings: dict[str, Any]) -> Iterator[WrongCall]:
     def step(model_output: torch.Tensor, sample: torch.Tensor, **changes: Any) -> Any:
         scheduler = scheduler_class(**{**settings, **changes})
         scheduler.set_timesteps(10)
-        return scheduler.step(model_output, scheduler.timesteps[0], sample)
+        further = STEP_ARGUMENTS[name](sample) if name in STEP_ARGUMENTS else {}
+        return scheduler.step(model_output, scheduler.timesteps[0], sample, **further)
 
     def steps(number: int) -> Any:
         scheduler = scheduler_class(**settings)

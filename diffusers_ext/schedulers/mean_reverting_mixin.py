@@ -1,0 +1,343 @@
+"""What every scheduler of mean-reverting diffusion has: its process, the mean it reverts to, noise, and training targets.
+
+The equations are at the top of `mean_reverting.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from . import mean_reverting as process_of
+from .multistep import check_steps_trained
+
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """A finite number strictly between two bounds.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not sound or not low < value < high:
+        wanted = f"above {low:g}" + ("" if math.isinf(high) else f" and below {high:g}")
+        raise ValueError(f"{name}={value!r} is out of range; give a number {wanted}")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of `choices`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
+
+
+def drawn_noise(like: torch.Tensor, generator: Generators = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Unit noise in the shape and on the device of a batch.
+
+    Raises:
+        ValueError: If a list of generators has not one for each sample.
+        TypeError: If `generator` is neither a generator nor a list of them.
+    """
+    if generator is not None:
+        given = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(item, torch.Generator) for item in given):
+            raise TypeError(f"generator={generator!r} is not a torch.Generator or a list of them; give one of these")
+        if isinstance(generator, list) and len(generator) != like.shape[0]:
+            raise ValueError(
+                f"generator is a list of {len(generator)} for a batch of {like.shape[0]}; give one for each sample"
+            )
+    return randn_tensor(tuple(like.shape), generator=generator, device=like.device, dtype=dtype or like.dtype)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raises unless `value` is a tensor of floats with a batch axis.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 1:
+        found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name} is {found}; give a tensor of floats, batch first")
+
+
+def check_same(samples: torch.Tensor, noise: Any) -> None:
+    """Raises unless the noise has the shape of the samples.
+
+    Raises:
+        TypeError: If it is not a tensor of floats.
+        ValueError: If it has another shape.
+    """
+    check_tensor("noise", noise)
+    if noise.shape != samples.shape:
+        raise ValueError(
+            f"noise of shape {tuple(noise.shape)} does not fit samples of shape {tuple(samples.shape)}; give the same"
+        )
+
+
+def given_noise(
+    like: torch.Tensor,
+    generator: Generators,
+    noise: torch.Tensor | None,
+    name: str = "noise",
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The noise that a caller gave, or drawn noise.
+
+    Raises:
+        TypeError: If it is not a tensor of floats.
+        ValueError: If it has not the shape of `like`.
+    """
+    if noise is None:
+        return drawn_noise(like, generator, dtype)
+    check_tensor(name, noise)
+    if noise.shape != like.shape:
+        raise ValueError(
+            f"{name} of shape {tuple(noise.shape)} does not fit; give {tuple(like.shape)}, the shape of the sample"
+        )
+    return noise.to(device=like.device, dtype=dtype or like.dtype)
+
+
+class MeanRevertingMixin:
+    """Mean, noise and targets. A subclass registers the configuration that `_make_process` reads."""
+
+    config: Any
+    process: process_of.Process
+    _mean: torch.Tensor | None = None
+
+    # -- the process -----------------------------------------------------------------------------------------------
+
+    def _make_process(self) -> process_of.Process:
+        config = self.config
+        check_choice("theta_schedule", config.theta_schedule, process_of.THETA_SCHEDULES)
+        interpolation = config.get("schedule_interpolation", "consistent")
+        check_choice("schedule_interpolation", interpolation, process_of.INTERPOLATIONS)
+        trained = check_steps_trained(config.num_train_timesteps)
+        if config.theta_schedule == "ouve":
+            if "ouve_theta" not in config:
+                raise ValueError("theta_schedule='ouve' is not variance-preserving; use MRScheduler for it")
+            low = check_number("ouve_sigma_min", config.ouve_sigma_min, 0.0)
+            return process_of.OUVEProcess(
+                check_number("ouve_theta", config.ouve_theta, 0.0),
+                low,
+                check_number("ouve_sigma_max", config.ouve_sigma_max, low),
+                check_number("ouve_t_eps", config.ouve_t_eps, 0.0, 1.0),
+            )
+        thetas = process_of.theta_table(
+            config.theta_schedule, trained, check_number("cosine_s", config.cosine_s, 0.0), config.trained_thetas
+        )
+        return process_of.TableProcess(
+            thetas,
+            check_number("sigma_inf", config.sigma_inf, 0.0),
+            check_number("alpha_min", config.alpha_min, 0.0, 1.0),
+            config.zero_start,
+            interpolation,
+        )
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise around the mean that a run starts from."""
+        return self.process.start_sigma
+
+    def _levels(self, timesteps: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha and sigma of each sample, shaped to multiply a batch."""
+        given = torch.as_tensor(timesteps, dtype=torch.float64).reshape(-1).tolist()
+        if len(given) not in (1, like.shape[0]):
+            raise ValueError(
+                f"timesteps has {len(given)} entries for a batch of {like.shape[0]}; give one, or one for each sample"
+            )
+        if not all(0.0 <= timestep <= self.process.first for timestep in given):
+            raise ValueError(f"timesteps={given!r} leaves the process; give numbers from 0 to {self.process.first:g}")
+        levels = [self.process.level(timestep) for timestep in given]
+        shape = (-1, *[1] * (like.ndim - 1))
+        options = {"dtype": torch.float64 if like.dtype == torch.float64 else torch.float32, "device": like.device}
+        alpha = torch.tensor([level.alpha for level in levels], **options).reshape(shape)
+        return alpha, torch.tensor([level.sigma for level in levels], **options).reshape(shape)
+
+    # -- the mean --------------------------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> torch.Tensor | None:
+        """The mean of `set_mean`, if one is set."""
+        return self._mean
+
+    def set_mean(self, mean: torch.Tensor) -> None:
+        """Sets the mean that every method uses when it gets none. `set_timesteps` forgets it.
+
+        Args:
+            mean (`torch.Tensor` of shape `(batch, ...)`): The degraded pictures.
+
+        Raises:
+            TypeError: If it is not a tensor of floats.
+        """
+        check_tensor("mean", mean)
+        self._mean = mean
+
+    def _mean_for(self, sample: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+        check_tensor("sample", sample)
+        mean = self._mean if mean is None else mean
+        if mean is None:
+            raise ValueError(
+                "mean=None is missing: give the degraded picture as mean=..., or call set_mean after set_timesteps"
+            )
+        if not isinstance(mean, torch.Tensor) or not mean.is_floating_point():
+            found = mean.dtype if isinstance(mean, torch.Tensor) else type(mean).__name__
+            raise TypeError(f"mean is {found}; give a tensor of floats")
+        if mean.shape != sample.shape:
+            raise ValueError(
+                f"mean of shape {tuple(mean.shape)} does not fit sample of shape {tuple(sample.shape)}; both must have the same shape"
+            )
+        return mean
+
+    def prepare_initial(
+        self,
+        mean: torch.Tensor,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+        timestep: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Where a run starts: the mean with noise.
+
+        Args:
+            mean (`torch.Tensor` of shape `(batch, ...)`): The degraded pictures.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the noise.
+            noise (`torch.Tensor`, *optional*): Unit noise of the shape of `mean`, instead of drawn noise.
+            timestep (`float`, *optional*): The timestep that a shortened run starts at; by default the whole process, with noise
+                of standard deviation `init_noise_sigma`.
+
+        Returns:
+            `torch.Tensor`: Samples of the shape and dtype of `mean`.
+
+        Raises:
+            ValueError: If `noise` or `timestep` does not fit.
+            TypeError: If `mean` is not a tensor of floats.
+        """
+        if not isinstance(mean, torch.Tensor) or not mean.is_floating_point() or mean.ndim < 1:
+            found = mean.dtype if isinstance(mean, torch.Tensor) else type(mean).__name__
+            raise TypeError(f"mean is {found}; give a tensor of floats, batch first")
+        if noise is None:
+            noise = drawn_noise(mean, generator)
+        elif noise.shape != mean.shape:
+            raise ValueError(
+                f"noise of shape {tuple(noise.shape)} does not fit mean of shape {tuple(mean.shape)}; give the same"
+            )
+        if timestep is None:
+            return mean + noise.to(mean) * self.init_noise_sigma
+        return mean + noise.to(mean) * self._levels(timestep, mean)[1].to(mean.dtype)
+
+    def model_input(
+        self, sample: torch.Tensor, mean: torch.Tensor | None = None, timestep: float | torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the network sees: x - mu and mu, one after the other along the channels.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, channels, ...)`): The noisy sample.
+            mean (`torch.Tensor`, *optional*): The degraded pictures; those of `set_mean` by default.
+            timestep (`float` or `torch.Tensor`, *optional*): The entry of `timesteps` that `sample` is at. Only a
+                [`MeanRevertingAdapter`] makes use of it.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, 2 * channels, ...)`.
+
+        Raises:
+            ValueError: If there is no mean or it has another shape.
+        """
+        mean = self._mean_for(sample, mean).to(sample)
+        return torch.cat([sample - mean, mean], dim=1)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The sample itself; `model_input` adds the mean."""
+        return sample
+
+    # -- noise and targets -----------------------------------------------------------------------------------------
+
+    def add_noise(
+        self,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        mean: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """mu + alpha_t (x0 - mu) + sigma_t eps, each sample at its own timestep.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch, ...)`): Clean pictures.
+            noise (`torch.Tensor`): Unit noise of the same shape.
+            timesteps (`torch.Tensor` of shape `(batch,)`): Whole or fractional timesteps from 0 to the last.
+            mean (`torch.Tensor`, *optional*): The degraded pictures; those of `set_mean` by default.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `original_samples`.
+
+        Raises:
+            ValueError: If an argument does not fit.
+        """
+        mean = self._mean_for(original_samples, mean).to(original_samples)
+        check_same(original_samples, noise)
+        alpha, sigma = self._levels(timesteps, original_samples)
+        return (mean + alpha * (original_samples - mean) + sigma * noise).to(original_samples.dtype)
+
+    def get_velocity(
+        self,
+        sample: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        mean: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The velocity sigma_inf alpha eps - (sigma / sigma_inf) (x0 - mu) of clean samples and their noise.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, ...)`): Clean pictures.
+            noise (`torch.Tensor`): Unit noise of the same shape.
+            timesteps (`torch.Tensor` of shape `(batch,)`): Their timesteps.
+            mean (`torch.Tensor`, *optional*): The degraded pictures; those of `set_mean` by default.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `sample`.
+
+        Raises:
+            ValueError: If an argument does not fit.
+        """
+        mean = self._mean_for(sample, mean).to(sample)
+        check_same(sample, noise)
+        alpha, sigma = self._levels(timesteps, sample)
+        scale = self.process.sigma_inf
+        return (scale * alpha * noise - sigma / scale * (sample - mean)).to(sample.dtype)
+
+    def get_target(
+        self,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        mean: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What a network of this `prediction_type` shall answer: the noise, the clean picture, or the velocity.
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch, ...)`): Clean pictures.
+            noise (`torch.Tensor`): The noise in the network's input.
+            timesteps (`torch.Tensor` of shape `(batch,)`): Their timesteps.
+            mean (`torch.Tensor`, *optional*): The degraded pictures; those of `set_mean` by default.
+
+        Returns:
+            `torch.Tensor` of the shape of `original_samples`.
+
+        Raises:
+            ValueError: If `prediction_type` is not known or an argument does not fit.
+        """
+        kind = self.config.prediction_type
+        check_choice("prediction_type", kind, PREDICTION_TYPES)
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return original_samples
+        return self.get_velocity(original_samples, noise, timesteps, mean)
