@@ -168,8 +168,10 @@ def write_page(result: dict[str, Any], docs: Path) -> None:
         raise ValueError(f"{page.name} has no {BEGIN} and {END}; put them where the figures belong")
     problems, columns = result["problems"], [str(count) for count in result["settings"]["evaluations"]]
     settings = result["settings"]
+    measured = any("demo" in name for name in problems)
+    demo = f"{settings['demo_samples']} prompts" if measured else "not measured yet"
     lines = [
-        f"Analytic problems: {settings['analytic_samples']} samples. Demo model: {settings['demo_samples']} prompts. "
+        f"Analytic problems: {settings['analytic_samples']} samples. Demo model: {demo}. "
         f"Configurations: {settings['configurations']['equal']} on equal nodes, {settings['configurations']['shipped']} as "
         "shipped, all fixed before noise was drawn. Columns are network evaluations. Ours are in italics.",
         "", "### The lowest mean error, equal nodes", "", *winners(problems, columns),

@@ -159,7 +159,10 @@ class MeanRevertingMixin:
             raise ValueError(f"timesteps={given!r} leaves the process; give numbers from 0 to {self.process.first:g}")
         levels = [self.process.level(timestep) for timestep in given]
         shape = (-1, *[1] * (like.ndim - 1))
-        options = {"dtype": torch.float64 if like.dtype == torch.float64 else torch.float32, "device": like.device}
+        options: Any = {
+            "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32,
+            "device": like.device,
+        }
         alpha = torch.tensor([level.alpha for level in levels], **options).reshape(shape)
         return alpha, torch.tensor([level.sigma for level in levels], **options).reshape(shape)
 

@@ -96,7 +96,7 @@ class MeanRevertingAdapter(MeanRevertingMixin, SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"scheduler_class={name!r} is not known; use a scheduler of diffusers such as 'UniPCMultistepScheduler'"
             )
-        known = inspect.signature(found.__init__).parameters
+        known = inspect.signature(found).parameters
         if "trained_betas" not in known or "prediction_type" not in known:
             raise ValueError(
                 f"scheduler_class={name!r} takes no trained_betas; use a scheduler of diffusion models, such as DDIM"

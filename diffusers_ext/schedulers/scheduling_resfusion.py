@@ -234,7 +234,7 @@ class ResfusionScheduler(SchedulerMixin, ConfigMixin):
                 f"timesteps={rows!r} leaves the schedule; give whole numbers from 0 to {len(self._betas) - 1}"
             )
         shape, dtype = (-1, *[1] * (like.ndim - 1)), torch.float64 if like.dtype == torch.float64 else torch.float32
-        options = {"dtype": dtype, "device": like.device}
+        options: Any = {"dtype": dtype, "device": like.device}
         bars = torch.tensor([self._bars[int(row)] for row in rows], **options).reshape(shape)
         return bars, torch.tensor([self._betas[int(row)] for row in rows], **options).reshape(shape)
 
