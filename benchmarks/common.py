@@ -1,9 +1,12 @@
 """What the benchmarks share: where models and results live, the judge, and how a table of figures is made."""
 
+import ctypes
+import gc
 import json
 import platform
 import statistics
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,48 @@ def summary(values: Iterable[float]) -> dict[str, float]:
 
 def share(flags: torch.Tensor) -> float:
     return round(float(flags.double().mean()), 4)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call: of the processor on a CPU, where others may be at work beside it, of the clock on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def peak_memory(call: Callable[[], object]) -> float | None:
+    """Megabytes that a call needs at its peak, beyond what was there before it; None where the system does not tell.
+
+    On a CPU this is the growth of the resident set, which Linux alone can be asked for; on a GPU what torch has allocated.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    # Memory that the C library keeps for later would hide what the call takes.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    reset.write_text("5")
+    before = _high_water_mark()
+    call()
+    return round((_high_water_mark() - before) / 2**10, 1)
+
+
+def _high_water_mark() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:

@@ -50,6 +50,26 @@ def test_ssim_agrees_with_a_direct_evaluation_of_its_definition():
     assert ssim(x, x).item() == pytest.approx(1.0)
 
 
+def test_ssim_under_a_mask_is_the_mean_over_the_windows_centred_there():
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.rand(1, 3, 24, 24, generator=generator) * 2 - 1 for _ in range(2))
+    everywhere = torch.ones(1, 1, 24, 24)
+    assert torch.allclose(ssim(x, y, everywhere), ssim(x, y))
+    # one window: the value of the picture cut to it
+    one = torch.zeros(1, 1, 24, 24)
+    one[..., 9, 13] = 1
+    assert torch.allclose(ssim(x, y, one), ssim(x[..., 4:15, 8:19], y[..., 4:15, 8:19]))
+    halves = [torch.where(torch.arange(24) < 12, a, 1 - a).expand(1, 1, 24, 24) for a in (0.0, 1.0)]
+    assert torch.allclose(sum(ssim(x, y, half) for half in halves) / 2, ssim(x, y))
+
+
+def test_ssim_without_a_window_in_the_mask_is_nan():
+    x = torch.zeros(1, 3, 24, 24)
+    corner = torch.zeros(1, 1, 24, 24)
+    corner[..., :5, :5] = 1
+    assert ssim(x, x, corner).isnan().all()
+
+
 @pytest.mark.parametrize("measure", [psnr, ssim])
 def test_broadcastable_shapes_are_refused(measure):
     with pytest.raises(ValueError, match=r"images \(1, 1, 16, 16\) and reference \(1, 3, 16, 16\) must both"):

@@ -104,6 +104,11 @@ def test_vendor_pairs_share_their_scene(family):
     assert all((a - b).abs().max() > 0.05 for a, b in zip(pairs.source, pairs.target))
 
 
+def test_the_colour_that_a_drawing_has_by_itself_is_named():
+    own = EmojiScenes(objects=["heart", "tree"])
+    assert own.native_colours == ("red", "green")
+
+
 def test_several_vendors_are_named_in_captions():
     scenes = EmojiScenes(["noto", "twemoji"], objects=["star"])
     drawn = scenes.sample(20, seed=0)

@@ -371,3 +371,9 @@ def test_a_step_takes_no_longer_than_that_of_dpm_solver(kind: str) -> None:
                 state = subject.step(output, timestep, state, return_dict=False, **extra)[0]
                 times.append(time.perf_counter() - begun)
     assert statistics.median(a / b for a, b in zip(ours, theirs, strict=True)) <= 1.0
+
+
+def test_posterior_sampling_between_any_levels_is_the_first_order_of_the_stochastic_data_solver() -> None:
+    problem = MeanRevertingProblem()
+    ends = [run(laid(7, algorithm_type=kind, solver_order=1), problem)[-1] for kind in ("posterior", "sde-d")]
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
