@@ -100,9 +100,10 @@ def _value(argument: Argument, spoilt: bool, varied: bool, rng: random.Random) -
 def fuzz_schedulers(classes: Classes, draws: int, package: str = LIBRARY, seed: int = 0) -> dict[str, Tally]:
     """Spacing x prediction type x steps (-1 to 2 T) x dtype x shape, and a few steps of each schedule."""
     tallies = {}
-    for name, (scheduler_class, settings) in classes.items():
+    for place, (name, (scheduler_class, settings)) in enumerate(classes.items()):
         tally = tallies[name] = Tally()
-        for number in range(draws // len(classes)):
+        # The rest of the division goes to the first classes, one each.
+        for number in range(draws // len(classes) + (place < draws % len(classes))):
             rng = random.Random(f"{seed}/{name}/{number}")
             torch.manual_seed(rng.randrange(2**31))
             arguments = _scheduler_draw(rng)
@@ -168,7 +169,9 @@ def fuzz_all(draws: int, seed: int = 0) -> dict[str, Tally]:
     own = own_classes()
     scheduler_draws = round(draws * SHARE_OF_SCHEDULERS) if own else 0
     tallies = fuzz_functions(draws - scheduler_draws, seed)
-    return tallies | (fuzz_schedulers(own, scheduler_draws, seed=seed) if own else {})
+    runs = fuzz_schedulers(own, scheduler_draws, seed=seed) if own else {}
+    # A class may be among the functions too, for its constructor.
+    return tallies | {f"{name}, steps": tally for name, tally in runs.items()}
 
 
 def summed(tallies: Mapping[str, Tally]) -> Tally:

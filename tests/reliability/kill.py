@@ -103,8 +103,7 @@ def kill_pipeline_saves(subject: PipelineSubject, kills: int, folder: Path, seed
         acknowledged = int(log.read_text().splitlines()[-1])
         try:
             loaded = subject.load(str(target))
-            values = {float(p.detach().flatten()[0]) for p in loaded.unet.parameters()}
-            values |= {float(p.detach().flatten()[0]) for p in loaded.vae.parameters()}
+            values = {float(p.detach().flatten()[0]) for part in _networks(loaded) for p in part.parameters()}
             assert verify_manifest(target), "no manifest"
             assert len(values) == 1, f"weights of several saves: {values}"
             # The save that was under way may have got through, an acknowledged one may not be lost.
@@ -132,9 +131,13 @@ def _save_for_ever(pipeline: Any, target: Path, log: Path, number: int) -> None:
 
 @torch.no_grad()
 def _fill(pipeline: Any, value: float) -> None:
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for module in _networks(pipeline):
         for parameter in module.parameters():
             parameter.fill_(value)
+
+
+def _networks(pipeline: Any) -> list[torch.nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
