@@ -1,11 +1,12 @@
 """Edits with a known ground truth: Guide-and-Rescale against SDEdit, DDIM inversion and LEDITS++, on the same model.
 
-    python benchmarks/editing.py                          # measures, writes results/editing.json and the pictures in docs/
+    python benchmarks/editing.py       # measures; writes results/editing.json, and tables and pictures into docs/
     python benchmarks/editing.py --folder my_pictures --model stable-diffusion-v1-5/stable-diffusion-v1-5
 
-Every method gets the same pictures, captions, steps and weights, in one process. Settings are in `editing_methods.py`, measures in
-`editing_measures.py`, and both are explained in docs/editing_benchmark.md. A run that is stopped goes on where it was: what
-is measured lies in --cache, and is measured again where model, pictures or settings are others.
+Every method gets the same pictures, captions, steps and weights, in one process. Settings are in
+`editing_methods.py`, measures in `editing_measures.py`, and both are explained in docs/editing_benchmark.md. A run
+that is stopped goes on where it was: what is measured lies in --cache, and is measured again where model, pictures or
+settings are others.
 
 The second form edits pictures of one's own and writes the measures that need no truth; see `editing_folder.py`.
 """
@@ -84,7 +85,7 @@ class Bench:
         self.options = options
         self.common = common_scenes()
         self.judge = load_judge(self.common, options.judge)
-        self.second = self._second_judge(options.cache / "second_judge.pt")
+        self.second = self._second_judge(options.cache / f"second_judge_{options.judge_count}.pt")
         self.editors = Editors(options.model, options.steps)
         model = b"".join(sorted(path.read_bytes() for path in Path(options.model).rglob("*.safetensors")))
         self.facts = {
@@ -203,7 +204,8 @@ class Bench:
 
 
 def chosen(sweep: bool, tasks: list[str]) -> list[tuple[str, Setting]]:
-    """Main settings of every task first, then the others, kind by kind, so that a run that is stopped has the table."""
+    """Main settings of every task first, then the others, kind by kind, so that a run that is stopped has the
+    table."""
     plan = [(task, setting) for task in tasks for setting in SETTINGS if setting.main]
     if sweep:
         plan += [(task, setting) for task in tasks if task in SWEPT for setting in SETTINGS if not setting.main]
@@ -242,7 +244,8 @@ def main() -> None:
         measured.setdefault(task, {})[setting.name] = records
         row = summary_of(records)
         print(
-            f"{task:20s} {setting.name:40s} success {row['success_judge']['mean']:.2f} / {row['success_second']['mean']:.2f}  "
+            f"{task:20s} {setting.name:40s} "
+            f"success {row['success_judge']['mean']:.2f} / {row['success_second']['mean']:.2f}  "
             f"outside {row['psnr_outside']['mean']:5.2f} dB  truth {row['psnr']['mean']:5.2f} dB",
             flush=True,
         )

@@ -4,9 +4,9 @@ A folder holds pictures and a `metadata.jsonl` with one line a picture, in the l
 
     {"file_name": "cat.png", "source_prompt": "a cat on a sofa", "prompt": "a dog on a sofa", "mask": "cat_mask.png"}
 
-`mask` may be left out; it is white where the edit may change the picture. What comes out is a sheet (`sheet.png`), every edited
-picture, and the measures that need no truth (`measures.json`): PSNR, SSIM and feature distance to the source, outside the mask
-where there is one, and the passes each method made.
+`mask` may be left out; it is white where the edit may change the picture. What comes out is a sheet (`sheet.png`),
+every edited picture, and the measures that need no truth (`measures.json`): PSNR, SSIM and feature distance to the
+source, outside the mask where there is one, and the passes each method made.
 """
 
 import json

@@ -105,7 +105,8 @@ def verdict(read: Labels, wanted: Labels, changed: str, common: EmojiScenes) -> 
 
 
 def outside_only(edited: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`edited` where the mask is 0, `source` elsewhere: what is left of the picture once the edit itself is taken out."""
+    """`edited` where the mask is 0, `source` elsewhere: what is left of the picture once the edit itself is taken
+    out."""
     return torch.where(mask == 0, edited, source)
 
 
@@ -145,7 +146,8 @@ def best_mixture(points: Sequence[tuple[float, float]], success: float) -> float
         success: The least that is asked for.
 
     Returns:
-        The height of the upper hull of the points at or right of `success`, or None if the method never gets there. The hull
+        The height of the upper hull of the points at or right of `success`, or None if the method never gets there.
+        The hull
         is what the method attains by choosing between two of its settings at random, so no smoothness is assumed.
     """
     best = None

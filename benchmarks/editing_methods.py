@@ -1,8 +1,8 @@
 """The editing methods that `editing.py` compares, and every setting of each: fixed here before a test pair is drawn.
 
-All walk 30 steps of the same model, and get the same pictures and captions. A method's *knob* trades the edit against the
-rest of the picture; its main setting makes the table, the others the curve. Where the authors name no setting for pictures of 64
-pixels (LEDITS++), it was chosen among several on other pairs (seed 10 000), to the peer's advantage.
+All walk 30 steps of the same model, and get the same pictures and captions. A method's *knob* trades the edit against
+the rest of the picture; its main setting makes the table, the others the curve. Where the authors name no setting for
+pictures of 64 pixels (LEDITS++), it was chosen among several on other pairs (seed 10 000), to the peer's advantage.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""The report of `editing.py`: a table in Markdown, the curves of success against preservation, and a sheet of edits."""
+"""The report of `editing.py`: a table in Markdown, the curves of success against preservation, and a sheet of
+edits."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ Records = Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]]
 
 
 def trusted(task: str) -> str:
-    """Whose success counts on a task: the attribute judge never saw another hand than Noto's, the second judge saw both."""
+    """Whose success counts on a task: the attribute judge never saw another hand than Noto's, the second judge saw
+    both."""
     return "success_judge" if task.startswith("noto") else "success_second"
 
 
@@ -82,7 +84,7 @@ def paired_table(measured: Records) -> str:
         for measure, label in (
             ("psnr_outside", "PSNR outside"),
             ("psnr", "PSNR to truth"),
-            ("success_judge", "success"),
+            (trusted(task), "success"),
         ):
             cells = []
             for other in others:
@@ -113,12 +115,15 @@ def equal_success_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
             continue
         own = rows[main][trusted(task)]["mean"]
         for level in sorted({0.5, 0.7, 0.8, 0.9, own}):
-            cells = [best_mixture(points_of(task, rows, method), level) for method in METHODS]
-            best = max((cell for cell in cells if cell is not None), default=None)
-            texts = ["–" if cell is None else f"{cell:.2f}" for cell in cells]
-            texts = [f"**{text}**" if cell == best and best is not None else text for text, cell in zip(texts, cells)]
-            out.append([task, f"{level:.2f}" + (" (its main setting)" if level == own else ""), *texts])
-    return _table(["pairs", "success", *METHODS], out) if out else "The sweep has not been run."
+            kept = {method: best_mixture(points_of(task, rows, method), level) for method in METHODS}
+            best = max((height for height in kept.values() if height is not None), default=None)
+            texts = ["–" if height is None else f"{height:.2f}" for height in kept.values()]
+            texts = [f"**{text}**" if h == best and h is not None else text for text, h in zip(texts, kept.values())]
+            ahead = "–"
+            if (ours := kept[GUIDE]) is not None and (plain := kept[DDIM]) is not None:
+                ahead = f"{ours - plain:+.2f}"
+            out.append([task, f"{level:.2f}" + (" (its main setting)" if level == own else ""), *texts, ahead])
+    return _table(["pairs", "success", *METHODS, f"{GUIDE} over DDIM"], out) if out else "The sweep has not been run."
 
 
 def judge_table(judges: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -263,7 +268,8 @@ def markdown(result: Mapping[str, Any], measured: Records) -> str:
         f"{GUIDE} minus the other, mean and standard error over the pairs.\n",
         paired_table(measured),
         "\n### Cost of one picture\n",
-        "Inversion included. Seconds are of one CPU thread; memory is what the process grows by, weights not counted.\n",
+        "Inversion included. Seconds are of one CPU thread; memory is what the process grows by at most, weights not "
+        "counted.\n",
         cost_table(result["costs"]),
         "\n### Everything\n",
         f"Mean ± standard error over {result['settings']['count']} pairs.",

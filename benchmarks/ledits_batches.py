@@ -1,15 +1,17 @@
 """LEDITS++ of diffusers, for batches in which every picture has its own words, and for networks smaller than SD's.
 
-LEDITS++: Limitless Image Editing using Text-to-Image Models, 2023, arXiv 2311.16711. The sampling, the inversion and the masks
-are those of `diffusers.LEditsPPPipelineStableDiffusion`, whose loop runs unchanged. Three things keep that class from being
-measured here, and each is cured in a method it calls:
+LEDITS++: Limitless Image Editing using Text-to-Image Models, 2023, arXiv 2311.16711. The sampling, the inversion and
+the masks are those of `diffusers.LEditsPPPipelineStableDiffusion`, whose loop runs unchanged. Three things keep that
+class from being measured here, and each is cured in a method it calls:
 
-* one list of concepts serves all pictures of a batch. Here a concept is a key, and each picture has its own words for it.
-* the cross-attention mask reads maps whose side is a quarter of the latents'. The demo model has maps of the whole and the half
-  side only, and `torch.cat(): expected a non-empty list of Tensors` is what stock says. Here the coarsest maps that the down
-  and up blocks have are averaged to that side; with Stable Diffusion these are the maps that stock reads.
-* its tokens are counted after padding by the tokenizers of transformers 5, so that padding counts as words, and its maps of a batch
-  are split between the wrong pictures. Here each picture's own words are read.
+* one list of concepts serves all pictures of a batch. Here a concept is a key, and each picture has its own words for
+  it.
+* the cross-attention mask reads maps whose side is a quarter of the latents'. The demo model has maps of the whole
+  and the half side only, and `torch.cat(): expected a non-empty list of Tensors` is what stock says. Here the
+  coarsest maps that the down and up blocks have are averaged to that side; with Stable Diffusion these are the maps
+  that stock reads.
+* its tokens are counted after padding by the tokenizers of transformers 5, so that padding counts as words, and its
+  maps of a batch are split between the wrong pictures. Here each picture's own words are read.
 """
 
 from collections.abc import Sequence
@@ -59,7 +61,8 @@ class WordMaps:
 
 
 class LEditsBatches(LEditsPPPipelineStableDiffusion):
-    """`words` holds, for every concept of a call, one text for each picture; the call's `editing_prompt` lists the concepts."""
+    """`words` holds, for every concept of a call, one text for each picture; the call's `editing_prompt` lists the
+    concepts."""
 
     words: dict[str, list[str]]
 

@@ -5,10 +5,11 @@
 Its features are read in two ways.
 
 * `read`: ridge regression on one-hot labels, fitted to ground-truth renderings only,
-  W = (X'X + n lambda I)^-1 X'Y with standardised features X; the label is the largest of the outputs. Noto and the held-out
-  hand are both shown to it, so that it can read edits of either. Its own accuracy stands beside every figure.
-* `distance`: mean over stages of mean over positions of |f/|f| - g/|g||^2, where f and g are the features of two pictures at
-  one position. This is the distance of LPIPS without its learnt weights.
+  W = (X'X + n lambda I)^-1 X'Y with standardised features X; the label is the largest of the outputs. Noto and the
+  held-out hand are both shown to it, so that it can read edits of either. Its own accuracy stands beside every
+  figure.
+* `distance`: mean over stages of mean over positions of |f/|f| - g/|g||^2, where f and g are the features of two
+  pictures at one position. This is the distance of LPIPS without its learnt weights.
 """
 
 from collections.abc import Sequence
@@ -80,7 +81,8 @@ def feature_distance(first: Sequence[torch.Tensor], second: Sequence[torch.Tenso
 
 
 def fit_ridge(features: torch.Tensor, labels: torch.Tensor, classes: int, penalty: float) -> torch.Tensor:
-    """Weights (d + 1, classes) of ridge regression on one-hot labels; the last row is the constant, which is not penalised."""
+    """Weights (d + 1, classes) of ridge regression on one-hot labels; the last row is the constant, which is not
+    penalised."""
     x, y = features.double(), F.one_hot(labels, classes).double()
     middle, centre = x.mean(0), y.mean(0)
     x, y = x - middle, y - centre

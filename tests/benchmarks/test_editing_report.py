@@ -23,7 +23,7 @@ def rows_of(heights: dict[str, float]) -> dict[str, dict[str, dict[str, float]]]
 def test_at_equal_success_the_method_that_keeps_most_is_bold():
     table = equal_success_table({"noto colour": rows_of({**dict.fromkeys(METHODS, 20.0), GUIDE: 25.0})})
     line = next(line for line in table.splitlines() if "| 0.70 |" in line)
-    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["18.00", "18.00", "18.00", "**23.00**"]
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["18.00", "18.00", "18.00", "**23.00**", "+5.00"]
 
 
 def test_a_success_out_of_reach_is_a_dash():
