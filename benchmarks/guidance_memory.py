@@ -7,6 +7,9 @@ The network has random weights: memory and time do not depend on them. Every row
 nothing but build the network and take one step, and the figure is the largest resident set of that process, weights, libraries and
 all (on a GPU: what torch had allocated at most). "all maps kept" is the method without our processors, as a user would write it
 down from the paper: every probability of both passes is stored. It needs more than 24 GB at 512 pixels and is run at 256.
+
+Rows marked "shapes only" leave the arithmetic out (`stand_in_arithmetic.py`): processors without instructions for half precision would
+need hours. The float32 row among them shows how far such a figure is from the real one.
 """
 
 import argparse
@@ -15,24 +18,30 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from common import write_result
 from diffusers import UNet2DConditionModel
+from stand_in_arithmetic import StandInArithmetic
 
 from diffusers_ext.guidance import FeatureEnergy, GuidedStep, SelfAttentionEnergy, text_condition
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# name -> (dtype, gradient checkpointing, largest attention resolution, all maps kept)
+SHAPES_ONLY = "shapes only"
+# name -> (dtype, gradient checkpointing, largest attention resolution, all maps kept); SHAPES_ONLY in a name leaves out the arithmetic
 ROWS: dict[str, tuple[str, bool, int | None, bool]] = {
     "float32": ("float32", False, None, False),
     "float32, checkpointing": ("float32", True, None, False),
     "float32, checkpointing, attention up to 32": ("float32", True, 32, False),
     "float16": ("float16", False, None, False),
     "float16, checkpointing": ("float16", True, None, False),
+    f"float32, {SHAPES_ONLY}": ("float32", False, None, False),
+    f"float16, {SHAPES_ONLY}": ("float16", False, None, False),
+    f"float16, checkpointing, {SHAPES_ONLY}": ("float16", True, None, False),
     "float32, all maps kept": ("float32", False, None, True),
 }
 
@@ -65,10 +74,11 @@ def one_step(name: str, size: int, device: str) -> dict[str, float]:
         plain_noise(unet, latents, reference, 500, (negative, source, target), settings, guided=True)
     else:
         guiders = [SelfAttentionEnergy(max_attention_resolution=resolution), FeatureEnergy()]
-        GuidedStep(unet, guiders)(
-            latents, 500, torch.tensor(0.3, device=device), 7.5, text_condition(negative), text_condition(target),
-            text_condition(source), reference,
-        )  # fmt: skip
+        with StandInArithmetic() if SHAPES_ONLY in name else nullcontext():
+            GuidedStep(unet, guiders)(
+                latents, 500, torch.tensor(0.3, device=device), 7.5, text_condition(negative), text_condition(target),
+                text_condition(source), reference,
+            )  # fmt: skip
     seconds = time.perf_counter() - began
     if device == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

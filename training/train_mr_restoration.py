@@ -100,7 +100,12 @@ def load_parts(args: argparse.Namespace) -> tuple[UNet2DModel, MRScheduler]:
         return pipeline.unet.float(), pipeline.scheduler
     torch.manual_seed(args.seed)
     unet = new_restoration_unet(
-        tuple(args.unet_channels), args.resolution, 3, args.layers_per_block, args.norm_num_groups
+        tuple(args.unet_channels),
+        args.resolution,
+        layers_per_block=args.layers_per_block,
+        groups=args.norm_num_groups,
+        input_scale=args.sigma_inf,
+        output_scale=args.sigma_inf if args.prediction_type == "v_prediction" else 1.0,
     )
     scheduler = MRScheduler(
         num_train_timesteps=args.num_train_timesteps,
@@ -118,7 +123,9 @@ def main(args: argparse.Namespace) -> None:
     pairs = make_pairs(args, make_source(args, torch.device("cpu"), captions=False))
     if args.torch_compile:
         unet.compile()
-    trainer = Trainer(args, accelerator, unet)
+    # Adam's steps have one size for all weights, and those that make a small answer are small
+    answer_size = float(scheduler.config.sigma_inf) if scheduler.config.prediction_type == "v_prediction" else 1.0
+    trainer = Trainer(args, accelerator, unet, {"conv_out": answer_size})
     total, steps_of_process = trainer.global_batch_size, scheduler.config.num_train_timesteps
 
     def make_batches(step: int) -> list[Any]:

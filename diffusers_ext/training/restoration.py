@@ -27,9 +27,18 @@ LOSS_TYPES = ("l1", "l2")
 
 
 def new_restoration_unet(
-    channels: tuple[int, ...], sample_size: int, picture_channels: int = 3, layers_per_block: int = 1, groups: int = 8
+    channels: tuple[int, ...],
+    sample_size: int,
+    picture_channels: int = 3,
+    layers_per_block: int = 1,
+    groups: int = 8,
+    input_scale: float = 1.0,
+    output_scale: float = 1.0,
 ) -> UNet2DModel:
     """An untrained convolutional UNet for pictures of any size.
+
+    Its first and last weights start so that x - mu, which is as small as sigma_inf, counts as much as mu, and answers have the
+    size of what is asked for.
 
     Args:
         channels: Width of each level, a multiple of `groups`.
@@ -37,6 +46,8 @@ def new_restoration_unet(
         picture_channels: Channels of a picture; the network takes twice as many.
         layers_per_block: Residual blocks a level.
         groups: Groups of the normalisation.
+        input_scale: Typical size of x - mu, above 0: sigma_inf.
+        output_scale: Typical size of the answer, above 0: sigma_inf for v, 1 for noise and pictures.
 
     Raises:
         ValueError: If the numbers do not fit each other.
@@ -47,7 +58,7 @@ def new_restoration_unet(
     if sample_size % 2**coarser:
         raise ValueError(f"resolution={sample_size} cannot be halved {coarser} times; use fewer unet_channels")
     # no attention: it would tie the network to the size of the crops
-    return UNet2DModel(
+    unet = UNet2DModel(
         sample_size=sample_size,
         in_channels=2 * picture_channels,
         out_channels=picture_channels,
@@ -58,6 +69,11 @@ def new_restoration_unet(
         add_attention=False,
         norm_num_groups=groups,
     )
+    with torch.no_grad():
+        unet.conv_in.weight[:, :picture_channels] /= input_scale
+        unet.conv_out.weight *= output_scale
+        unet.conv_out.bias *= output_scale
+    return unet
 
 
 def restoration_loss(

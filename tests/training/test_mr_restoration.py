@@ -95,6 +95,17 @@ def test_a_network_of_numbers_that_do_not_fit_is_refused():
         new_restoration_unet((8, 8, 8), 18)
 
 
+def test_a_new_network_answers_in_the_size_that_is_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    y, mean = (torch.randn(1, 3, 16, 16, generator=generator) for _ in range(2))
+    answers = []
+    for scale in (1.0, 0.1):
+        torch.manual_seed(3)
+        unet = new_restoration_unet((8, 8), 16, groups=4, input_scale=scale, output_scale=scale)
+        answers.append(unet(torch.cat([scale * y, mean], 1), 5.0).sample / scale)
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-5)
+
+
 def test_the_trained_folder_loads_and_restores_any_size(train: Callable[..., Path]):
     folder = train("run", "--max_train_steps=3", "--export_dtype=fp16")
     pipe = MRRestorationPipeline.from_pretrained(folder)
