@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 
 from diffusers_ext import FeatureEnergy, GuideAndRescalePipeline, SelfAttentionEnergy
 from diffusers_ext.data import DEMO_OBJECTS, EmojiScenes
 from diffusers_ext.demo import DemoScene, describe
 from diffusers_ext.hub import load_pipeline
+from diffusers_ext.imaging import to_pil
 from diffusers_ext.sheets import Tile, contact_sheet
 
 
@@ -47,10 +47,6 @@ KNOBS: dict[str, dict[str, dict[str, Any]]] = {
         "official alignment": {"alignment": "official"},
     },
 }
-
-
-def to_pil(image: torch.Tensor) -> Any:
-    return VaeImageProcessor().postprocess(image[None].clamp(-1, 1), "pil")[0]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The command `diffusers-ext`: edits a picture by words, or draws the demo sheet.
+"""The command `diffusers-ext`: edits a picture by words, restores a degraded one, or draws the demo sheets.
 
 What a user can do wrong ends in one sentence on standard error and exit code 2; `--debug` shows where it came from.
 """
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def edit(options: argparse.Namespace) -> None:
     """Runs `diffusers-ext edit`: one picture, one or more prompts, one inversion."""
     image = open_image(options.picture)
-    outputs = _output_paths(options.output, options.picture, len(options.prompt))
+    outputs = _output_paths(options.output, options.picture, "edited", len(options.prompt))
 
     _quieten(options.debug)
     from . import GuideAndRescalePipeline
@@ -108,14 +108,47 @@ def edit(options: argparse.Namespace) -> None:
         "network_evaluations": result.network_evaluations,
         "versions": versions(),
     }
-    settings_path = outputs[0].with_name(f"{_stem(options.output, options.picture).name}.json")
-    write_json(report, settings_path)
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return
-    for prompt, path in zip(options.prompt, outputs, strict=True):
-        print(f"{path}  {prompt}")
-    print(f"{settings_path}  {seconds:.1f} s, {result.network_evaluations} network evaluations")
+    _report(report, _stem(options.output, options.picture, "edited"), dict(zip(outputs, options.prompt)), options.json)
+
+
+def restore(options: argparse.Namespace) -> None:
+    """Runs `diffusers-ext restore`: one degraded picture, restored at its own size."""
+    image = open_image(options.picture)
+    (output,) = _output_paths(options.output, options.picture, "restored", 1)
+
+    _quieten(options.debug)
+    import torch
+
+    from . import MRRestorationPipeline
+    from .hub import RESTORATION_MODEL_NAME, load_pipeline, resolve_model
+
+    model = resolve_model(options.model, RESTORATION_MODEL_NAME)
+    pipe = load_pipeline(MRRestorationPipeline, model, revision=options.revision, device=options.device)
+    pipe.set_progress_bar_config(disable=True if options.json else None)
+    start = time.perf_counter()
+    result: Any = pipe(
+        image,
+        num_inference_steps=options.steps,
+        strength=options.strength,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    seconds = time.perf_counter() - start
+    save_image(result.images[0], output)
+    report = {
+        "picture": str(options.picture),
+        "picture_size": list(image.size),
+        "outputs": [str(output)],
+        "model": model,
+        "revision": options.revision,
+        "num_inference_steps": options.steps,
+        "strength": options.strength,
+        "seed": options.seed,
+        "device": str(pipe.device),
+        "seconds": round(seconds, 3),
+        "network_evaluations": result.network_evaluations,
+        "versions": versions(),
+    }
+    _report(report, _stem(options.output, options.picture, "restored"), {output: "restored"}, options.json)
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -123,8 +156,8 @@ def demo(options: argparse.Namespace) -> None:
     _quieten(options.debug)
     from .demo import run_demo
 
-    report = run_demo(options.output, model=options.model, steps=options.steps, device=options.device)
-    print(f"{report['sheet']}  {report['seconds']:.0f} s, {report['network_evaluations']} network evaluations")
+    for report in [run_demo(options.output, model=options.model, steps=options.steps, device=options.device)]:
+        print(f"{report['sheet']}  {report['seconds']:.0f} s, {report['network_evaluations']} network evaluations")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         "to the size the model was trained on. Beside the result a JSON file keeps every setting.",
         allow_abbrev=False,
     )
-    edits.add_argument("picture", metavar="PICTURE", type=Path, help=f"a picture file ({', '.join(FORMATS)})")
+    _picture(edits, "edited")
     edits.add_argument("--source", required=True, metavar="TEXT", help="what the picture shows")
     edits.add_argument(
         "--prompt",
@@ -150,7 +183,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="what it shall show; given several times, several pictures are made from one inversion",
     )
-    edits.add_argument("--revision", metavar="SHA", help="branch, tag or commit of a Hub model")
     edits.add_argument(
         "--preset",
         choices=PRESETS,
@@ -179,42 +211,78 @@ def _parser() -> argparse.ArgumentParser:
         default="matched",
         help="inversion that retraces sampling, or that of the authors' code (default: %(default)s)",
     )
-    edits.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: <picture>-edited.png)")
-    edits.add_argument("--json", action="store_true", help="also print the settings as JSON, and nothing else")
-    _common(edits, steps=50)
+    _common(edits, steps=50, what="steps of inversion and of sampling")
     edits.set_defaults(run=edit)
+
+    restores = commands.add_parser(
+        "restore",
+        help="restore a degraded picture",
+        description="Restores a picture (blur, noise, rain, scratches, darkness, JPEG) at its own size by mean-reverting "
+        "diffusion. Beside the result a JSON file keeps every setting.",
+        allow_abbrev=False,
+    )
+    _picture(restores, "restored")
+    restores.add_argument("--seed", type=int, default=0, help="of the noise it starts from (default: %(default)s)")
+    restores.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="share of the process that is run; less keeps more of the picture (default: %(default)s)",
+    )
+    _common(restores, steps=10, what="network evaluations", model="the restoration model")
+    restores.set_defaults(run=restore)
 
     shows = commands.add_parser(
         "demo",
-        help="draw the demo sheet",
-        description="Edits a few pictures with the demo model and lays them out as a sheet.",
+        help="draw the demo sheets",
+        description="Edits and restores a few pictures with the models of this project and lays them out as sheets.",
         allow_abbrev=False,
     )
     shows.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default: %(default)s")
-    _common(shows, steps=40)
+    _common(shows, steps=40, what="steps of inversion and of sampling")
     shows.set_defaults(run=demo)
     return parser
 
 
-def _common(parser: argparse.ArgumentParser, steps: int) -> None:
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="folder or Hub id (default: the demo model)")
+def _picture(parser: argparse.ArgumentParser, becomes: str) -> None:
+    parser.add_argument("picture", metavar="PICTURE", type=Path, help=f"a picture file ({', '.join(FORMATS)})")
     parser.add_argument(
-        "--steps", type=int, default=steps, help="steps of inversion and of sampling (default: %(default)s)"
+        "--output", type=Path, metavar="FILE", help=f"where to write (default: <picture>-{becomes}.png)"
     )
+    parser.add_argument("--json", action="store_true", help="also print the settings as JSON, and nothing else")
+    parser.add_argument("--revision", metavar="SHA", help="branch, tag or commit of a Hub model")
+
+
+def _common(parser: argparse.ArgumentParser, steps: int, what: str, model: str = "the demo model") -> None:
+    parser.add_argument("--model", metavar="PATH_OR_ID", help=f"folder or Hub id (default: {model})")
+    parser.add_argument("--steps", type=int, default=steps, help=f"{what} (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best one present)")
     parser.add_argument("--debug", action="store_true", help="show the trace of an error and the libraries' warnings")
 
 
-def _stem(output: Path | None, picture: Path) -> Path:
-    return output.with_suffix("") if output else Path(f"{picture.stem}-edited")
+def _report(report: dict[str, Any], stem: Path, written: dict[Path, str], as_json: bool) -> None:
+    """Writes the settings beside the pictures, and says what was written."""
+    settings_path = stem.with_name(f"{stem.name}.json")
+    write_json(report, settings_path)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    for path, words in written.items():
+        print(f"{path}  {words}")
+    print(f"{settings_path}  {report['seconds']:.1f} s, {report['network_evaluations']} network evaluations")
 
 
-def _output_paths(output: Path | None, picture: Path, count: int) -> list[Path]:
-    """Found wrong now, a name costs nothing; found wrong after the edit, it costs the edit."""
+def _stem(output: Path | None, picture: Path, becomes: str) -> Path:
+    return output.with_suffix("") if output else Path(f"{picture.stem}-{becomes}")
+
+
+def _output_paths(output: Path | None, picture: Path, becomes: str, count: int) -> list[Path]:
+    """Found wrong now, a name costs nothing; found wrong after the work, it costs the work."""
     if output:
         check_image_suffix(output, "--output")
     suffix = output.suffix if output else ".png"
-    stem = _stem(output, picture)
+    stem = _stem(output, picture, becomes)
     names = [""] if count == 1 else [f"-{i}" for i in range(1, count + 1)]
     paths = [stem.with_name(f"{stem.name}{name}{suffix}") for name in names]
     for path in paths:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from . import GuideAndRescalePipeline
 from .data import DEMO_OBJECTS, EmojiScenes, Scenes
 from .hub import load_pipeline, native_size, resolve_model
+from .imaging import to_pil, to_tensor
 from .metrics import psnr
 from .reports import save_image, versions, write_json
 from .sheets import Tile, contact_sheet
@@ -169,7 +169,7 @@ def _edit_scene(
     source, target = describe(world, scene)
     (source_prompt,), prompts = world.captions(source), world.captions(target)
     before, truth = (world.render(scenes)[0] for scenes in (source, target))
-    picture = _to_pil(before[0])
+    picture = to_pil(before[0])
 
     start = time.perf_counter()
     inversion = pipe.invert(picture, source_prompt, num_inference_steps=steps)
@@ -180,14 +180,14 @@ def _edit_scene(
     seconds = time.perf_counter() - start
 
     reconstruction, results = plain.images[0], edited.images
-    reconstruction_psnr = round(float(psnr(_to_tensor(reconstruction)[None], before)), 2)
+    reconstruction_psnr = round(float(psnr(to_tensor(reconstruction)[None], before)), 2)
     tiles = [Tile(picture, source_prompt), Tile(reconstruction, f"{reconstruction_psnr:.1f} dB to the source")]
     tiles += [Tile(image, prompt, compare=source_prompt) for image, prompt in zip(results, prompts, strict=True)]
     edits = [
         {
             "label": label,
             "prompt": prompt,
-            "psnr": round(float(psnr(_to_tensor(image)[None], true[None])), 2),
+            "psnr": round(float(psnr(to_tensor(image)[None], true[None])), 2),
             "psnr_unedited": round(float(psnr(before, true[None])), 2),
         }
         for (label, _), prompt, image, true in zip(scene.edits, prompts, results, truth, strict=True)
@@ -201,14 +201,3 @@ def _edit_scene(
         "network_evaluations": evaluations,
     }
     return tiles, report
-
-
-def _to_pil(image: torch.Tensor) -> Image.Image:
-    array = ((image + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    width, height = image.size
-    flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return flat.reshape(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1.0

@@ -27,6 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 
 DEFAULT_MODEL_NAME = "emoji-scenes-64"
 DEFAULT_MODEL_ID = f"diffusers-ext/{DEFAULT_MODEL_NAME}"
+RESTORATION_MODEL_NAME = "mr-restoration"
 MODEL_VARIABLE = "DIFFUSERS_EXT_MODEL"
 INDEX_NAME = "model_index.json"
 
@@ -44,13 +45,16 @@ class ModelFamilyError(ValueError):
     """A model of another family than the pipeline can use."""
 
 
-def resolve_model(model: str | os.PathLike[str] | None = None) -> str:
+def resolve_model(model: str | os.PathLike[str] | None = None, default: str = DEFAULT_MODEL_NAME) -> str:
     """Turns what a user typed into a folder or a Hub id.
 
     Args:
         model (`str` or `os.PathLike`, *optional*):
-            A folder in the diffusers layout or a Hub id. Without it the environment variable `DIFFUSERS_EXT_MODEL` is
-            asked, then the demo model of the checkout this package lies in, then the Hub id of the demo model.
+            A folder in the diffusers layout or a Hub id. Without it a model of this project is taken: from the checkout this
+            package lies in if it is there, or by its Hub id.
+        default (`str`, *optional*, defaults to `"emoji-scenes-64"`):
+            Name of that model, a folder in `pipelines/`. For the demo model the environment variable `DIFFUSERS_EXT_MODEL`
+            goes first.
 
     Returns:
         `str`: The path of an existing folder that holds a `model_index.json`, or a Hub id.
@@ -60,7 +64,8 @@ def resolve_model(model: str | os.PathLike[str] | None = None) -> str:
         TypeError: If `model` is neither text nor a path.
     """
     if model is None:
-        model = os.environ.get(MODEL_VARIABLE) or _checkout_model() or DEFAULT_MODEL_ID
+        chosen = os.environ.get(MODEL_VARIABLE) if default == DEFAULT_MODEL_NAME else None
+        model = chosen or _checkout_model(default) or f"diffusers-ext/{default}"
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model={model!r} is of type {type(model).__name__}; give a folder or a Hub id")
     text = os.fspath(model)
@@ -245,8 +250,8 @@ def native_size(pipeline: Any) -> int:
     return int(side) * int(pipeline.vae_scale_factor)
 
 
-def _checkout_model() -> str | None:
-    folder = Path(__file__).resolve().parent.parent / "pipelines" / DEFAULT_MODEL_NAME
+def _checkout_model(name: str) -> str | None:
+    folder = Path(__file__).resolve().parent.parent / "pipelines" / name
     return str(folder) if (folder / INDEX_NAME).is_file() else None
 
 

@@ -160,6 +160,30 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
 
 
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """Turns a tensor into a picture.
+
+    Args:
+        image (`torch.Tensor` of shape `(3, H, W)`): Floats in [-1, 1]; what is beyond is cut off.
+
+    Returns:
+        `PIL.Image.Image`: The picture in mode `"RGB"`, rounded to 8 bits.
+    """
+    array = ((image.detach() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(array.permute(1, 2, 0).cpu().numpy())
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Turns a picture into a tensor (3, H, W) of floats in [-1, 1], the inverse of [`to_pil`].
+
+    Args:
+        image (`PIL.Image.Image`): A picture of any mode; it is converted to RGB.
+    """
+    width, height = image.size
+    flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return flat.reshape(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
 def _check_file(name: str) -> None:
     """A device or a pipe would block or never end, so the kind and size of a file are asked before it is opened."""
     try:

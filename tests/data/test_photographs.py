@@ -8,11 +8,14 @@ import torch
 from diffusers_ext.data import photographs
 from diffusers_ext.data.photographs import (
     HELD_OUT_PHOTOGRAPHS,
+    PACKAGED_SIDE,
     TRAINING_PHOTOGRAPHS,
     PhotographCrops,
     held_out_crops,
+    packaged_crops,
     photograph,
 )
+from diffusers_ext.imaging import to_tensor
 
 
 installed = pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="needs scikit-image")
@@ -30,7 +33,7 @@ def test_a_photograph_is_there_and_in_colour(name: str) -> None:
 
 
 @installed
-def held_out_crops_are_repeated_by_their_seed_and_cover_the_photographs() -> None:
+def test_training_crops_are_repeated_by_their_seed_and_cover_the_photographs() -> None:
     crops = PhotographCrops(32)
     first, second = (crops.draw(6, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(first, second) and first.shape == (6, 3, 32, 32)
@@ -46,6 +49,14 @@ def test_held_out_crops_are_the_middle_of_each_photograph() -> None:
     assert all(crop.shape == (1, 3, 64, 64) for crop in crops.values())
     with pytest.raises(ValueError, match="size=4096 does not fit"):
         held_out_crops(4096)
+
+
+@installed
+def test_packaged_crops_are_those_of_the_photographs() -> None:
+    packaged, fresh = packaged_crops(), held_out_crops(PACKAGED_SIDE)
+    assert list(packaged) == list(fresh)
+    for name, picture in packaged.items():
+        torch.testing.assert_close(to_tensor(picture)[None] / 2 + 0.5, fresh[name], atol=0.5 / 255 + 1e-6, rtol=0)
 
 
 def test_others_of_unknown_licence_are_refused() -> None:
