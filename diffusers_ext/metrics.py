@@ -1,11 +1,13 @@
 """Measures of pictures against a reference, of sets against each other, and of latents by themselves, in float64.
 
-Measures against a reference are per sample and take pictures in [-1, 1].
+Measures against a reference are per sample and take pictures in [-1, 1]. All of them refuse what is not a tensor of floats with a
+TypeError, and what is not finite or does not fit with a ValueError.
 
 PSNR is -10 log10(mean squared error / 4): the peak-to-peak range of [-1, 1] is 2. SSIM follows Wang et al. 2004 with the
 usual 11-pixel Gaussian window of standard deviation 1.5 and constants .01 and .03.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +33,7 @@ def psnr(images: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | Non
     Returns:
         (n,) in decibels, infinite for equal pictures, NaN where a mask is empty.
     """
-    _same_shape(images, reference)
+    _same_shape(images, reference, mask)
     error = (images.double().clamp(-1.0, 1.0) - reference.double().clamp(-1.0, 1.0)).square().mean(1, keepdim=True)
     weight = torch.ones_like(error) if mask is None else mask.double().expand_as(error)
     mean = (error * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))
@@ -53,7 +55,7 @@ def ssim(images: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | Non
     Raises:
         ValueError: If the shapes differ or a side is too short.
     """
-    _same_shape(images, reference)
+    _same_shape(images, reference, mask)
     if min(images.shape[-2:]) < 11:
         raise ValueError(f"images of {tuple(images.shape[-2:])} pixels are smaller than the 11-pixel window of SSIM")
     x, y = (picture.double().clamp(-1.0, 1.0) / 2.0 + 0.5 for picture in (images, reference))
@@ -143,14 +145,26 @@ def magnitude_score(
         assert abs(magnitude_score(latents).item() - 8 / 4) < 1e-5  # one of four patches, eight standard deviations
         ```
     """
+    _check("latents", latents)
     if latents.ndim != 4 or min(latents.shape[-2:], default=0) < ARTEFACT_POOL:
         raise ValueError(
             f"latents of shape {tuple(latents.shape)} must be (n, c, h, w) with h and w at least {ARTEFACT_POOL}"
         )
-    centre, spread = (
-        torch.tensor(list(v), dtype=torch.float64, device=latents.device) for v in (means, standard_deviations)
-    )
-    if centre.shape != (latents.shape[1],) or centre.shape != spread.shape or not bool((spread > 0).all()):
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0.0 <= threshold < math.inf:
+        raise ValueError(f"threshold={threshold!r} is out of range; use a number of at least 0")
+    try:
+        centre, spread = (
+            torch.tensor(list(v), dtype=torch.float64, device=latents.device) for v in (means, standard_deviations)
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"means={means!r} and standard_deviations={standard_deviations!r} must be lists of numbers"
+        ) from error
+    if (
+        centre.shape != (latents.shape[1],)
+        or centre.shape != spread.shape
+        or not bool((spread > 0).all() & centre.isfinite().all())
+    ):
         raise ValueError(
             f"means={tuple(means)} and standard_deviations={tuple(standard_deviations)} must be one number for each of the "
             f"{latents.shape[1]} channels of latents, the latter above 0"
@@ -190,13 +204,17 @@ def sliced_wasserstein(
         assert sliced_wasserstein(a, a).item() == 0
         ```
     """
-    if samples.shape[1:] != reference.shape[1:] or not samples.numel() or not reference.numel() or samples.ndim < 2:
+    _check("samples", samples)
+    _check("reference", reference)
+    if samples.shape[1:] != reference.shape[1:] or samples.ndim < 2:
         raise ValueError(
-            f"samples {tuple(samples.shape)} and reference {tuple(reference.shape)} must be (n, ...) and (m, ...), not empty, "
-            "with the same shape behind the first axis"
+            f"samples {tuple(samples.shape)} and reference {tuple(reference.shape)} must be (n, ...) and (m, ...), with the same "
+            "shape behind the first axis"
         )
     if isinstance(projections, bool) or not isinstance(projections, int) or projections < 1:
         raise ValueError(f"projections={projections!r} is not a count; use an int of at least 1")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator={generator!r} is of type {type(generator).__name__}; give a torch.Generator")
     x, y = (value.double().flatten(1) for value in (samples, reference))
     generator = generator or torch.Generator().manual_seed(0)
     directions = torch.randn(x.shape[1], projections, dtype=torch.float64, generator=generator).to(x.device)
@@ -218,8 +236,27 @@ def _quantiles(ordered: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     return torch.lerp(ordered[low], ordered[high], (place - low)[:, None].expand(-1, ordered.shape[1]))
 
 
-def _same_shape(images: torch.Tensor, reference: torch.Tensor) -> None:
+def _same_shape(images: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    _check("images", images)
+    _check("reference", reference)
     if images.ndim != 4 or images.shape != reference.shape:
         raise ValueError(
             f"images {tuple(images.shape)} and reference {tuple(reference.shape)} must both have the shape (n, c, H, W)"
+        )
+    if mask is not None:
+        _check("mask", mask)
+        n, _, height, width = images.shape
+        if mask.shape != (n, 1, height, width):
+            raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit; give {(n, 1, height, width)}")
+
+
+def _check(name: str, value: torch.Tensor) -> None:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        found = value.dtype if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is {found}; give a tensor of floats")
+    if not value.numel():
+        raise ValueError(f"{name} of shape {tuple(value.shape)} is empty; give at least one")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(
+            f"{name} is not finite in {int((~torch.isfinite(value)).sum())} values; leave those samples out"
         )

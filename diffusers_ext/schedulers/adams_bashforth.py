@@ -106,7 +106,6 @@ def damped_weights(weights: Sequence[float], damping: float) -> list[float]:
     return differences_to_weights([own + ratio * before for own, before in zip(differences, shifted, strict=True)])
 
 
-@lru_cache(maxsize=64)
 def ghvb_weights(order: int, damping: float = 1.0) -> tuple[float, ...]:
     """Weights of the velocities in a step of GHVB with constant step length.
 
@@ -128,7 +127,13 @@ def ghvb_weights(order: int, damping: float = 1.0) -> tuple[float, ...]:
         assert ghvb_weights(2, 0.5) == (2.5, -1.5)
         ```
     """
+    check_order(order)
     check_damping(damping)
+    return _ghvb_weights(order, damping)
+
+
+@lru_cache(maxsize=64)
+def _ghvb_weights(order: int, damping: float) -> tuple[float, ...]:
     # Fractions up to the end: the sums of large alternating terms cancel.
     differences = adams_bashforth_differences(order)
     ratio = (1 - Fraction(damping)) / Fraction(damping)

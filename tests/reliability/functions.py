@@ -23,6 +23,7 @@ from diffusers_ext.integrity import atomic_folder, atomic_write, check_weights
 from diffusers_ext.inversion import DDIMLadder
 from diffusers_ext.schedulers import MRScheduler
 
+from .functions_of_numbers import FUNCTIONS_OF_NUMBERS
 from .registry import INF, NAN, Argument, Function, Made, sample_picture, shared_pipeline
 from .sandbox import scratch
 from .values import LATENTS, NOT_COUNTS, NOT_NUMBERS, NOT_TEXT, PICTURES, TYPOS, picture
@@ -456,4 +457,5 @@ FUNCTIONS: tuple[Function, ...] = (
         "modules": Argument(good=[{}, {"a": torch.nn.Linear(2, 2)}], bad=[]),
     }),
     *RESTORATION,
+    *FUNCTIONS_OF_NUMBERS,
 )  # fmt: skip
