@@ -3,6 +3,7 @@
 IR-SDE, Luo et al., ICML 2023, arXiv 2301.11699. A clean picture x0 and a degraded one mu make x_t = mu + alpha (x0 - mu) + sigma eps.
 
     target     compare the network's answer with eps, x0 or v = sigma_inf alpha eps - (sigma / sigma_inf) (x0 - mu)
+    clean      compare the x0 that follows from the answer with x0: v counts by sigma / sigma_inf, eps by sigma / alpha
     optimum    compare Euler's step by the answer with the best x_(t-1), as IR-SDE and DA-CLIP were trained
 
 In terms of y = (x - mu) / sigma_inf the process is variance-preserving, so its signal-to-noise ratio is (sigma_inf alpha / sigma)^2.
@@ -22,7 +23,7 @@ from .objectives import min_snr_weights
 from .streams import stream
 
 
-LOSS_TARGETS = ("target", "optimum")
+LOSS_TARGETS = ("target", "clean", "optimum")
 LOSS_TYPES = ("l1", "l2")
 
 
@@ -98,9 +99,9 @@ def restoration_loss(
         noise: The noise in `sample`.
         timesteps: Timesteps (n,), 1 or more.
         mean: The degraded pictures.
-        kind: "target" or "optimum".
+        kind: "target", "clean" or "optimum".
         norm: "l1" or "l2".
-        snr_gamma: Cap of min-SNR weighting; `None` weighs all alike. Not for "optimum".
+        snr_gamma: Cap of min-SNR weighting; `None` weighs all alike. For "target" alone.
 
     Returns:
         A scalar. Noise has unit size, and pictures and velocities are counted in units of sigma_inf, so that the number
@@ -113,6 +114,8 @@ def restoration_loss(
         known = f"{', '.join(LOSS_TARGETS)} and {', '.join(LOSS_TYPES)}"
         raise ValueError(f"loss {kind!r} with {norm!r} is unknown; use one of {known}")
     prediction_type = scheduler.config.prediction_type
+    if kind == "clean" and snr_gamma is not None:
+        raise ValueError(f"snr_gamma={snr_gamma!r} with loss 'clean' would weigh twice; use 'target' or leave it out")
     if kind == "optimum":
         if prediction_type != "epsilon" or snr_gamma is not None:
             raise ValueError("loss 'optimum' is defined for prediction_type='epsilon' without snr_gamma; use 'target'")
@@ -122,6 +125,9 @@ def restoration_loss(
         wanted = scheduler.get_target(clean, noise, timesteps, mean)
         scale = 1.0 if prediction_type == "epsilon" else scheduler.process.sigma_inf
     error = (answer.float() - wanted.float()) / scale
+    if kind == "clean" and prediction_type != "sample":
+        alpha, sigma = scheduler._levels(timesteps, error)
+        error = error * sigma / (scheduler.process.sigma_inf * (1.0 if prediction_type == "v_prediction" else alpha))
     error = (error.abs() if norm == "l1" else error.square()).flatten(1).mean(1)
     if snr_gamma is None:
         return error.mean()
@@ -132,6 +138,26 @@ def restoration_loss(
         # the weight that the loss of x0 itself has
         return (error * ((signal / spread) ** 2).clamp(max=snr_gamma)).mean()
     return (error * min_snr_weights(prediction_type, signal, spread, snr_gamma)).mean()
+
+
+def skewed_timesteps(uniform: torch.Tensor, last: int, exponent: float = 1.0) -> torch.Tensor:
+    """Whole timesteps whose density grows like t^(exponent - 1).
+
+    The noisiest steps are where a network must restore from the degraded picture alone, and with even timesteps they are few.
+
+    Args:
+        uniform: Even numbers (n,) in [0, 1).
+        last: The largest timestep, 1 or more.
+        exponent: Above 0; 1 is even.
+
+    Returns:
+        Timesteps (n,) from 1 to `last`, int64.
+
+    Example:
+        >>> skewed_timesteps(torch.tensor([0.0, 0.25, 0.999]), 100, 2.0).tolist()
+        [1, 51, 100]
+    """
+    return 1 + (uniform ** (1.0 / exponent) * last).long().clamp(max=last - 1)
 
 
 class RestorationPairs:

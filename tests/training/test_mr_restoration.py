@@ -13,7 +13,12 @@ from diffusers_ext import MRRestorationPipeline
 from diffusers_ext.schedulers import MRScheduler
 from diffusers_ext.training.checkpoints import list_checkpoints
 from diffusers_ext.training.data import FolderSource
-from diffusers_ext.training.restoration import RestorationPairs, new_restoration_unet, restoration_loss
+from diffusers_ext.training.restoration import (
+    RestorationPairs,
+    new_restoration_unet,
+    restoration_loss,
+    skewed_timesteps,
+)
 
 from .conftest import load_script, log_entries, losses
 
@@ -73,6 +78,31 @@ def test_min_snr_weighs_all_heads_alike(prediction_type: str):
     expected = np.mean([min(ratio, 5.0) for ratio in ratios]) * (0.1 / scheduler.process.sigma_inf) ** 2
     loss = restoration_loss(scheduler, answer, **batch, snr_gamma=5.0)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_the_clean_loss_counts_the_error_of_the_clean_picture_alone(prediction_type: str):
+    scheduler, batch = parts(prediction_type)
+    wrong = batch["clean"] + 0.1
+    alpha, sigma = scheduler._levels(batch["timesteps"], wrong)
+    eps = (batch["sample"] - alpha * wrong - (1 - alpha) * batch["mean"]) / sigma
+    velocity = scheduler.get_velocity(wrong, eps, batch["timesteps"], batch["mean"])
+    answer = {"epsilon": eps, "sample": wrong, "v_prediction": velocity}[prediction_type]
+    for norm, power in (("l1", 1), ("l2", 2)):
+        loss = restoration_loss(scheduler, answer, **batch, kind="clean", norm=norm)
+        assert float(loss) == pytest.approx((0.1 / scheduler.process.sigma_inf) ** power, rel=1e-4)
+    with pytest.raises(ValueError, match="snr_gamma=5.0 with loss 'clean' would weigh twice"):
+        restoration_loss(scheduler, answer, **batch, kind="clean", snr_gamma=5.0)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.5])
+def test_skewed_timesteps_have_the_density_they_say(exponent: float):
+    uniform = (torch.arange(100_000) + 0.5) / 100_000
+    timesteps = skewed_timesteps(uniform, 100, exponent)
+    assert timesteps.min() == 1 and timesteps.max() == 100
+    for bound in (10, 50, 90):
+        assert float((timesteps <= bound).double().mean()) == pytest.approx((bound / 100) ** exponent, abs=1e-3)
+    assert skewed_timesteps(torch.tensor([1.0 - 1e-7]), 7, 50.0).item() == 7
 
 
 def test_the_optimum_loss_is_smallest_near_the_true_noise():
@@ -181,6 +211,7 @@ def test_pairs_are_a_function_of_seed_and_step(picture_folder: Path):
     ("arguments", "message"),
     [
         (["--degraded_column=x", "--dataset_name=emoji-scenes"], "give its folder with --train_data_dir"),
+        (["--loss_target=clean", "--snr_gamma=5", "--dataset_name=emoji-scenes"], "has weights of its own"),
         (["--loss_target=optimum", "--dataset_name=emoji-scenes"], "defined for --prediction_type epsilon"),
         (["--validation_nfes", "200", "--dataset_name=emoji-scenes"], "--validation_nfes 200 is more than"),
         (["--degradations", "fog", "--dataset_name=emoji-scenes"], "invalid choice: 'fog'"),
