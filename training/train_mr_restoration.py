@@ -39,7 +39,7 @@ from diffusers_ext.training.restoration import (
     make_pairs,
     new_restoration_unet,
     restoration_loss,
-    skewed_timesteps,
+    training_timesteps,
 )
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, make_accelerator
@@ -74,9 +74,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--loss_type", choices=LOSS_TYPES, default="l2")
     group.add_argument("--snr_gamma", type=positive, help="min-SNR weighting; 5 is usual.")
     group.add_argument(
-        "--timestep_exponent", type=positive, default=1.0,
-        help="Timesteps are drawn with a density like t^(exponent - 1). 1 is uniform; with more the network sees more of the "
-        "noisiest timesteps, where the degraded picture alone tells it what to do.",
+        "--start_share", type=share, default=0.0,
+        help="Share of a batch at the last timestep, where the degraded picture alone says what to do; about 0.5 if training "
+        "is short. Timesteps are even otherwise.",
     )  # fmt: skip
     group.add_argument("--sigma_inf", type=positive, default=50 / 255, help="Standard deviation of pure noise.")
     group.add_argument("--num_train_timesteps", type=positive_int, default=100)
@@ -92,6 +92,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("--degraded_column gives the degraded pictures; leave out --degradations and --photograph_share")
     if args.loss_target == "optimum" and (args.prediction_type != "epsilon" or args.snr_gamma):
         parser.error("--loss_target optimum is defined for --prediction_type epsilon without --snr_gamma")
+    if args.start_share == 1.0:
+        parser.error("--start_share 1 leaves no other timestep; give less")
     if args.loss_target == "clean" and args.snr_gamma:
         parser.error("--loss_target clean has weights of its own; leave out --snr_gamma")
     if max(args.validation_nfes) > args.num_train_timesteps:
@@ -139,7 +141,7 @@ def main(args: argparse.Namespace) -> None:
     def make_batches(step: int) -> list[Any]:
         clean, mean, _ = pairs.draw(step, total)
         uniform = stratified_uniform(total, stream(args.seed, step, "timesteps"))
-        timesteps = skewed_timesteps(uniform, steps_of_process, args.timestep_exponent)
+        timesteps = training_timesteps(uniform, steps_of_process, args.start_share)
         noise = torch.randn(clean.shape, generator=stream(args.seed, step, "noise"))
         sample = scheduler.add_noise(clean, noise, timesteps, mean)
         return [tuple(part[rows] for part in (sample, clean, noise, timesteps, mean)) for rows in trainer.own_rows()]

@@ -140,24 +140,27 @@ def restoration_loss(
     return (error * min_snr_weights(prediction_type, signal, spread, snr_gamma)).mean()
 
 
-def skewed_timesteps(uniform: torch.Tensor, last: int, exponent: float = 1.0) -> torch.Tensor:
-    """Whole timesteps whose density grows like t^(exponent - 1).
+def training_timesteps(uniform: torch.Tensor, last: int, start_share: float = 0.0) -> torch.Tensor:
+    """Whole timesteps, even but for a share that are the last one.
 
-    The noisiest steps are where a network must restore from the degraded picture alone, and with even timesteps they are few.
+    A run starts at the last timestep, where the degraded picture alone says what to do. At the others the noisy sample shows the
+    clean picture through its noise, and a network that sees them evenly learns to read that and hardly ever to restore.
 
     Args:
         uniform: Even numbers (n,) in [0, 1).
-        last: The largest timestep, 1 or more.
-        exponent: Above 0; 1 is even.
+        last: The last timestep, 1 or more.
+        start_share: Share of the last timestep, in [0, 1); 0 is even.
 
     Returns:
         Timesteps (n,) from 1 to `last`, int64.
 
     Example:
-        >>> skewed_timesteps(torch.tensor([0.0, 0.25, 0.999]), 100, 2.0).tolist()
-        [1, 51, 100]
+        >>> training_timesteps(torch.tensor([0.0, 0.4, 0.5, 0.75, 0.999]), 100, 0.5).tolist()
+        [100, 100, 1, 51, 100]
     """
-    return 1 + (uniform ** (1.0 / exponent) * last).long().clamp(max=last - 1)
+    rest = ((uniform - start_share) / (1.0 - start_share)).clamp(min=0.0)
+    even = 1 + (rest * last).long().clamp(max=last - 1)
+    return torch.where(uniform < start_share, last, even)
 
 
 class RestorationPairs:

@@ -95,14 +95,14 @@ def test_the_clean_loss_counts_the_error_of_the_clean_picture_alone(prediction_t
         restoration_loss(scheduler, answer, **batch, kind="clean", snr_gamma=5.0)
 
 
-@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.5])
-def test_skewed_timesteps_have_the_density_they_say(exponent: float):
+@pytest.mark.parametrize("start_share", [0.0, 0.5, 0.9])
+def test_timesteps_are_even_but_for_the_share_at_the_start(start_share: float):
     uniform = (torch.arange(100_000) + 0.5) / 100_000
-    timesteps = skewed_timesteps(uniform, 100, exponent)
-    assert timesteps.min() == 1 and timesteps.max() == 100
-    for bound in (10, 50, 90):
-        assert float((timesteps <= bound).double().mean()) == pytest.approx((bound / 100) ** exponent, abs=1e-3)
-    assert skewed_timesteps(torch.tensor([1.0 - 1e-7]), 7, 50.0).item() == 7
+    timesteps = training_timesteps(uniform, 100, start_share)
+    shares = torch.bincount(timesteps, minlength=101).double() / 100_000
+    assert shares[0] == 0 and float(shares[100]) == pytest.approx(start_share + (1 - start_share) / 100, abs=1e-4)
+    assert torch.allclose(shares[1:100], torch.full((99,), (1 - start_share) / 100).double(), atol=1e-4)
+    assert training_timesteps(torch.tensor([1.0 - 2**-24]), 7, start_share).item() == 7
 
 
 def test_the_optimum_loss_is_smallest_near_the_true_noise():
@@ -211,6 +211,7 @@ def test_pairs_are_a_function_of_seed_and_step(picture_folder: Path):
     ("arguments", "message"),
     [
         (["--degraded_column=x", "--dataset_name=emoji-scenes"], "give its folder with --train_data_dir"),
+        (["--start_share=1", "--dataset_name=emoji-scenes"], "leaves no other timestep"),
         (["--loss_target=clean", "--snr_gamma=5", "--dataset_name=emoji-scenes"], "has weights of its own"),
         (["--loss_target=optimum", "--dataset_name=emoji-scenes"], "defined for --prediction_type epsilon"),
         (["--validation_nfes", "200", "--dataset_name=emoji-scenes"], "--validation_nfes 200 is more than"),
