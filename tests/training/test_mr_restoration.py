@@ -17,7 +17,7 @@ from diffusers_ext.training.restoration import (
     RestorationPairs,
     new_restoration_unet,
     restoration_loss,
-    skewed_timesteps,
+    training_timesteps,
 )
 
 from .conftest import load_script, log_entries, losses
