@@ -6,15 +6,21 @@ prediction moves from s to t, with lambda = log(alpha / sigma) and h = lambda_t 
     x_t = (sigma_t / sigma_s) x_s + alpha_t (1 - e^-h) g          g: a mixture of data predictions, whose weights sum to 1
 
 and one that integrates the noise prediction by x_t = (alpha_t / alpha_s) x_s - sigma_t (e^h - 1) g. Heavy ball replaces g by
-v = (1 - b) v' + b g, where v' is the v of the step before. Whatever g is made of, it can be read off the result of the solver,
-and at b = 1 that result is left as it is, bit for bit.
+v = (1 - b) v' + b g, where v' is the v of the step before.
+
+At b = 1 the step is that of diffusers, bit for bit. Below it the step is made here, of the weights in `exponential_weights`, in a
+part of the time that diffusers' takes. Where a setting changes what g is made of, such as thresholding, g is read off the
+result of diffusers' step instead.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .adams_bashforth import check_damping
+from .exponential_weights import alpha_and_sigma, conversion, transfer
 from .multistep import (
     PREDICTION_TYPES,
     check_inputs,
@@ -34,6 +40,8 @@ class HeavyBallMixin:
     timesteps: torch.Tensor
     num_inference_steps: int | None
     step_index: int | None
+    model_outputs: list[Any]
+    lower_order_nums: int
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -86,13 +94,95 @@ class HeavyBallMixin:
                 f"timestep={timestep!r}: all {len(self.timesteps)} steps are done; call set_timesteps first"
             )
         check_inputs(model_output, sample, index, timestep)
-        result = super().step(model_output, timestep, sample, **arguments)  # type: ignore[misc]
+        if self.config.damping == 1.0 or not self._is_plain():
+            result = super().step(model_output, timestep, sample, **arguments)  # type: ignore[misc]
+        else:
+            result = self._own_step(model_output, timestep, sample, arguments["return_dict"])
         check_result(result[0], index, timestep)
         self._shape = sample.shape
         return result
 
+    # -- a step without diffusers' ---------------------------------------------------------------------------------
+
+    def _is_plain(self) -> bool:
+        """Whether the settings leave g a mixture of predictions as they are."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _is_plain")
+
+    @property
+    def _of_noise(self) -> bool:
+        """Whether predictions of the noise are integrated."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _of_noise")
+
+    @property
+    def _is_flow(self) -> bool:
+        return bool(self.config.use_flow_sigmas)
+
+    def _integrated(
+        self, newest: torch.Tensor, sample: torch.Tensor, nodes: Sequence[float], index: int
+    ) -> torch.Tensor:
+        """The next sample, from the newest prediction and `model_outputs` before it; a new tensor."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _integrated")
+
+    def _own_step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, return_dict: bool
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        if self.step_index is None:
+            self._init_step_index(timestep)  # type: ignore[attr-defined]
+        index = self.step_index or 0
+        nodes = self.sigmas.tolist()
+        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        output, state = model_output.to(dtype), sample.to(dtype)
+        of_sample, of_output = conversion(self.config.prediction_type, nodes[index], self._is_flow, self._of_noise)
+        newest = torch.mul(output, of_output)
+        if of_sample:
+            newest.add_(state, alpha=of_sample)
+        following = self._integrated(newest, state, nodes, index).to(sample.dtype)
+        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
+        self._step_index = index + 1
+        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    def _moved(
+        self,
+        name: str | None,
+        sample: torch.Tensor,
+        predictions: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        start: float,
+        end: float,
+        divided: bool = False,
+    ) -> torch.Tensor:
+        """A new tensor: where the mixture of predictions, with momentum, leads.
+
+        Args:
+            name (`str`, *optional*): Which velocity; without one there is no momentum.
+            sample (`torch.Tensor`): Where the step starts.
+            predictions (`Sequence[torch.Tensor]`): m_j.
+            weights (`Sequence[float]`): w_j.
+            start (`float`): Level of the start.
+            end (`float`): Level of the end.
+            divided (`bool`, *optional*, defaults to `False`): Whether the velocity is kept divided by sigma_t.
+        """
+        kept, factor = transfer(start, end, self._is_flow, self._of_noise)
+        following = torch.mul(sample, kept)
+        if name is None:
+            for prediction, weight in zip(predictions, weights, strict=True):
+                following.add_(prediction, alpha=factor * weight)
+            return following
+        scale = alpha_and_sigma(end, self._is_flow)[1] or 1.0 if divided else 1.0
+        velocity, damping = self._velocities.get(name), self.config.damping
+        if velocity is None:
+            velocity, damping = torch.zeros_like(sample), 1.0
+            self._velocities[name] = velocity
+        else:
+            velocity.mul_(1.0 - damping)
+        for prediction, weight in zip(predictions, weights, strict=True):
+            velocity.add_(prediction, alpha=damping * weight / scale)
+        return following.add_(velocity, alpha=factor * scale)
+
+    # -- a step with diffusers' ------------------------------------------------------------------------------------
+
     def _damped(
-        self, name: str, result: torch.Tensor, sample: torch.Tensor, step: int, of_noise: bool, divided: bool = False
+        self, name: str, result: torch.Tensor, sample: torch.Tensor, step: int, divided: bool = False
     ) -> torch.Tensor:
         """The result of a solver's step with momentum.
 
@@ -101,24 +191,19 @@ class HeavyBallMixin:
             result (`torch.Tensor`): What the solver makes of `sample`.
             sample (`torch.Tensor`): Where the step starts.
             step (`int`): Number of the step.
-            of_noise (`bool`): Whether the solver integrates the noise prediction.
             divided (`bool`, *optional*, defaults to `False`): Whether the velocity is kept divided by sigma_t.
         """
         damping = self.config.damping
         if damping == 1.0:
             return result
-        levels = (self._sigma_to_alpha_sigma_t(self.sigmas[i].double()) for i in (step, step + 1))  # type: ignore[attr-defined]
-        (alpha_s, sigma_s), (alpha_t, sigma_t) = ((float(a), float(b)) for a, b in levels)
-        # alpha_t (1 - e^-h) = alpha_t - alpha_s sigma_t / sigma_s, and the like for noise: no logarithm of 0 at the end.
-        if of_noise:
-            kept, factor = alpha_t / alpha_s, sigma_t - sigma_s * alpha_t / alpha_s
-        else:
-            kept, factor = sigma_t / sigma_s, alpha_t - alpha_s * sigma_t / sigma_s
+        start, end = self.sigmas[step : step + 2].tolist()
+        kept, factor = transfer(start, end, self._is_flow, self._of_noise)
         if factor == 0.0:
             return result
-        scale = factor * (sigma_t if divided and sigma_t else 1.0)
-        velocity = torch.add(result, sample, alpha=-kept).div_(scale)
+        if divided:
+            factor *= alpha_and_sigma(end, self._is_flow)[1] or 1.0
+        velocity = torch.add(result, sample, alpha=-kept).div_(factor)
         if name in self._velocities:
             velocity = torch.lerp(self._velocities[name], velocity, damping)
         self._velocities[name] = velocity
-        return torch.add(kept * sample, velocity, alpha=scale)
+        return torch.add(kept * sample, velocity, alpha=factor)

@@ -67,7 +67,7 @@ def check_inputs(model_output: torch.Tensor, sample: torch.Tensor, step: int, ti
         ValueError: If a value of `model_output` or `sample` is not finite; it names the step.
     """
     # One number leaves the device. A sum may overflow where its terms do not, so it is only grounds for suspicion.
-    if math.isfinite(float(model_output.sum(dtype=torch.float32) + sample.sum(dtype=torch.float32))):
+    if math.isfinite((model_output.sum(dtype=torch.float32) + sample.sum(dtype=torch.float32)).item()):
         return
     for name, value in (("model_output", model_output), ("sample", sample)):
         count = int((~torch.isfinite(value)).sum())
@@ -84,7 +84,7 @@ def check_result(result: torch.Tensor, step: int, timestep: Any) -> None:
     Raises:
         ValueError: If a value of `result` is not finite; it names the step.
     """
-    if not math.isfinite(float(result.sum(dtype=torch.float32))) and not bool(torch.isfinite(result).all()):
+    if not math.isfinite(result.sum(dtype=torch.float32).item()) and not bool(torch.isfinite(result).all()):
         raise ValueError(
             f"sample overflows {result.dtype} at step {step} (timestep {float(timestep):g}); use float32, fewer steps or less "
             "guidance, and call set_timesteps to start again"
@@ -93,7 +93,7 @@ def check_result(result: torch.Tensor, step: int, timestep: Any) -> None:
 
 def as_numbers(value: torch.Tensor) -> np.ndarray:
     """A small tensor as float64 numbers of this process."""
-    return value.detach().double().cpu().numpy()
+    return value.detach().to("cpu", torch.float64).numpy()
 
 
 def is_flow_config(config: Any) -> bool:

@@ -13,11 +13,14 @@ node (`adams_bashforth.power_basis_weights`), |.| the root mean square of one sa
     predict   D = AB(4, .8) + w (AB(4, .25) - AB(4, .8))         w = 1 - ramp(m_i, .05, .3): trust, which is never regained
               X_{i+1} = X_i + (t - s_i) e_i + om (D - (t - s_i) e_i)              om = 1 - ramp(rho_i, .8, 1.2)
 
+    with the Lipschitz gate   phi times 1 - ramp(z_i, .1, .3)
+              z_i = (s_i - t) |e_i - e_{i-1}| / |X_i - X_{i-1}|, X before corrections
+
 with ramp(x, a, b) = clip((x - a) / (b - a), 0, 1). The corrector uses the evaluation that the next step needs anyway, so a
 step costs one evaluation. The power p is the damping: extrapolation weights shrink as p grows and the order stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,6 +41,8 @@ SAFE_TIME = 0.998
 # (a, b) of the ramps: q_1, c_i; rho_i in phi, m_i in w, rho_i in om.
 FIRST_CHANGE, ALIGNMENT = (0.05, 0.30), (-0.5, 0.0)
 SURPRISE, TRUST, FALLBACK = (0.6, 0.9), (0.05, 0.30), (0.8, 1.2)
+# Of z in phi. The second is the stability limit of Adams-Bashforth of order four.
+STIFFNESS = (0.1, 0.3)
 
 TINY = 1e-300
 
@@ -65,6 +70,26 @@ def step_rules(nodes: tuple[float, ...], end: float) -> tuple[tuple[float, ...],
     """
     corrector = power_basis_weights(nodes, nodes[1], nodes[0], CORRECTOR_POWER)
     return corrector, *(power_basis_weights(nodes, nodes[0], end, power) for power in (SAFE_POWER, FAST_POWER))
+
+
+def moved_by(
+    ahead: Sequence[float], corrector: Sequence[float], predicted: Sequence[float], phi: float
+) -> list[float]:
+    """Weights of e_i, e_{i-1}, ... in X_{i+1} - X_i, where X_i is still without its correction.
+
+    Args:
+        ahead (`Sequence[float]`): Weights of e_i, e_{i-1}, ... in D.
+        corrector (`Sequence[float]`): The same of the corrector.
+        predicted (`Sequence[float]`): Weights of e_{i-1}, e_{i-2}, ... in the D that led to X_i.
+        phi (`float`): The share of the correction.
+
+    Returns:
+        `list[float]`: One weight more than `predicted` has.
+    """
+    moved = [0.0, *(-phi * weight for weight in predicted)]
+    for j, (own, other) in enumerate(zip(ahead, corrector, strict=True)):
+        moved[j] += own + phi * other
+    return moved
 
 
 @dataclass
@@ -107,6 +132,9 @@ class AdaptiveAdamsScheduler(MultistepScheduler):
         trained_betas (`list[float]`, *optional*): The variances themselves.
         basis_power (`float`, *optional*): Turns adaptivity off and uses AB(`solver_order`, this power) throughout, from 0 to 4:
             1 is LMS, 0.5 robust, 0.25 accurate, 0 like DEIS.
+        lipschitz_gate (`bool`, *optional*, defaults to `False`): Whether the adaptive rule also shuts its corrector where the
+            steepness of the slope, estimated along the way, times the step comes near the stability limit. Smaller errors and fewer
+            failures on guided mixtures, larger errors on a linear problem that overshoots; figures in docs/samplers.md.
         solver_order (`int`, *optional*, defaults to 4): Order with `basis_power`, from 1 to 8; the adaptive rule has order 4.
         prediction_type (`str`, *optional*, defaults to `"epsilon"`): `"epsilon"`, `"sample"`, `"v_prediction"`, or
             `"flow_prediction"` for models such as SD3 and Flux.
@@ -150,6 +178,7 @@ class AdaptiveAdamsScheduler(MultistepScheduler):
         beta_schedule: str = "linear",
         trained_betas: np.ndarray | list[float] | None = None,
         basis_power: float | None = None,
+        lipschitz_gate: bool = False,
         solver_order: int = 4,
         prediction_type: str = "epsilon",
         timestep_spacing: str = "linspace",
@@ -174,9 +203,10 @@ class AdaptiveAdamsScheduler(MultistepScheduler):
     def _forget(self) -> None:
         self._slopes: list[torch.Tensor] = []  # newest first, as `_visited`, the s they belong to
         self._visited: list[float] = []
-        self._state: torch.Tensor | None = None  # the corrected X of the step before
+        self._increments: list[list[float]] = []  # the weights of slopes in D, one row a sample
         self._residuals: list[torch.Tensor] = []  # r of the step before, and memory for the next one
         self._records: list[Record] = []  # one a sample
+        self._asked: torch.Tensor | None = None  # X where the slope before was asked for, with `lipschitz_gate`
 
     def _around(self, index: int) -> Levels:
         if not self._is_flow:
@@ -208,33 +238,43 @@ class AdaptiveAdamsScheduler(MultistepScheduler):
         weights = power_basis_weights(nodes, levels.start, levels.end, power or 0.0)
         for value, weight in zip(self._slopes, weights, strict=True):
             following.add_(value, alpha=levels.next_alpha * weight)
-        self._state = sample / levels.alpha if power is None else None
+        self._increments = [list(weights)] * len(sample)
+        if self.config.lipschitz_gate and power is None:
+            self._asked = sample.detach() / levels.alpha
         return following
 
     def _take(self, slope: torch.Tensor, node: float, most: int) -> tuple[float, ...]:
         """Remembers a slope in the memory of one that has fallen out of use: fresh memory costs more than the sums."""
-        memory = self._slopes.pop() if len(self._slopes) == most else torch.empty_like(slope)
+        # The adaptive rule takes back what it predicted, with the slopes of then: one more.
+        kept = most if self.config.basis_power is not None else most + 1
+        memory = self._slopes.pop() if len(self._slopes) == kept else torch.empty_like(slope)
         self._slopes.insert(0, memory.copy_(slope))
         self._visited = [node, *self._visited[: most - 1]]
         return tuple(self._visited)
 
     def _adapted(self, sample: torch.Tensor, nodes: tuple[float, ...], levels: Levels) -> torch.Tensor:
-        assert self._state is not None
         corrector, safe, fast = step_rules(nodes, levels.end)
-        numbers = []  # one row a sample, and one number for each factor below
-        for phi, share, trust in self._gates(sample, nodes, levels.alpha):
-            weights = [share * (a + trust * (b - a)) for a, b in zip(safe, fast)]
+        gates = list(self._gates(sample, nodes, levels.alpha))
+        if self.config.lipschitz_gate:
+            stiffness = self._stiffness(sample, levels)
+            gates = [
+                (phi * (1.0 - ramp(z, STIFFNESS)), share, trust)
+                for (phi, share, trust), z in zip(gates, stiffness, strict=True)
+            ]
+        increments, rows = [], []
+        for (phi, share, trust), predicted in zip(gates, self._increments, strict=True):
+            weights = [share * (a + trust * (b - a)) for a, b in zip(safe, fast, strict=True)]
             weights[0] += (1.0 - share) * (levels.end - levels.start)
-            numbers.append([phi, (1.0 - phi) / levels.alpha, *(levels.next_alpha * weight for weight in weights)])
-        table = torch.tensor(numbers, dtype=sample.dtype, device=sample.device).mT
-        keep, replace, *columns = table.reshape(*table.shape, *[1] * (sample.ndim - 1))
+            increments.append(weights)
+            # X_{i-1} is X_i less what was predicted, so the correction is a sum of slopes as well.
+            rows.append(moved_by(weights, corrector, predicted, phi))
+        self._increments = increments
 
-        state = self._state
-        for value, weight in zip(self._slopes, corrector, strict=True):
-            state.add_(value, alpha=weight)
-        state.mul_(keep).addcmul_(sample, replace)
-        following = state * levels.next_alpha
-        for value, column in zip(self._slopes, columns, strict=True):
+        used = len(nodes) if all(phi == 0.0 for phi, _, _ in gates) else len(self._slopes)
+        table = torch.tensor(rows, dtype=sample.dtype, device=sample.device).mul_(levels.next_alpha)
+        columns = table.T.reshape(-1, len(sample), *[1] * (sample.ndim - 1))
+        following = sample * (levels.next_alpha / levels.alpha)
+        for value, column in zip(self._slopes[:used], columns.unbind()):
             following.addcmul_(value, column)
         return following
 
@@ -242,7 +282,7 @@ class AdaptiveAdamsScheduler(MultistepScheduler):
         self, sample: torch.Tensor, nodes: tuple[float, ...], alpha: float
     ) -> Iterator[tuple[float, float, float]]:
         """phi, om and w, sample by sample."""
-        newest, before, *earlier = self._slopes
+        newest, before, *earlier = (slope.detach() for slope in self._slopes)
         memory = self._residuals.pop() if len(self._residuals) > 1 else torch.empty_like(newest)
         if earlier:
             ahead = (nodes[0] - nodes[2]) / (nodes[1] - nodes[2])
@@ -261,3 +301,14 @@ class AdaptiveAdamsScheduler(MultistepScheduler):
         for record, length, size, third in zip(self._records, *signals, strict=True):
             # The residual is one of e, the size that of x = alpha X.
             yield record.gates(length, nodes[0] * alpha * length / max(size, TINY), third)
+
+    def _stiffness(self, sample: torch.Tensor, levels: Levels) -> list[float]:
+        """z, sample by sample."""
+        asked, before = sample.detach() / levels.alpha, self._asked
+        assert before is not None
+        self._asked = asked
+        newest, older = (slope.detach() for slope in self._slopes[:2])
+        change, way = (
+            torch.linalg.vector_norm((a - b).flatten(1), dim=1) for a, b in ((newest, older), (asked, before))
+        )
+        return (change / way.clamp(min=torch.finfo(way.dtype).tiny) * (levels.start - levels.end)).tolist()

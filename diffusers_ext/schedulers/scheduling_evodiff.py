@@ -81,7 +81,7 @@ class Products:
 
 @dataclass
 class Prediction:
-    """A prediction that waits for its corrector: numbers of the step, R(m_0, m_1) and r'."""
+    """A prediction that waits for its corrector: numbers of the step, R(m_0, m_1), r', and the weights of c and b in X_p - X_e."""
 
     shrink: float
     h: float
@@ -90,15 +90,20 @@ class Prediction:
     w: float
     share: np.ndarray = field(default_factory=lambda: np.zeros(0))
     r_scaled: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    of_c: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    of_b: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def predict(products: Products, step: Prediction, temperature: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights of c and b in X_p - X_e; fills in R(m_0, m_1) and r'."""
     aligned = clipped_ratio(products.cc - products.bc, products.cc - 2.0 * products.bc + products.bb)
     step.share = (1.0 - step.w) * step.base + step.w * aligned
-    step.r_scaled = np.clip(sigmoid(temperature * np.abs(step.share)) * step.r, 0.25 * step.r, 1.5 * step.r)
+    # The sigmoid of what is not negative is at least 1/2 and at most 1: the clip of r' to r/4 and 3r/2 is never felt.
+    step.r_scaled = sigmoid(temperature * np.abs(step.share)) * step.r
     factor = 0.5 * (1.0 - step.shrink) / step.r_scaled
-    return factor * (1.0 - step.share), factor * step.share
+    step.of_b = factor * step.share
+    step.of_c = factor - step.of_b
+    return step.of_c, step.of_b
 
 
 def correct(
@@ -211,10 +216,9 @@ class EVODiffScheduler(MultistepScheduler):
         self._set_up()
 
     def _forget(self) -> None:
-        # All of shape (groups, numbers): the corrected X, c = m_0; b = m_0 - m_1, and memory for the next one.
-        self._state: torch.Tensor | None = None
+        # Of shape (groups, numbers): c = m_0, and -b = m_1 - m_0.
         self._newest: torch.Tensor | None = None
-        self._differences: list[torch.Tensor] = []
+        self._difference: torch.Tensor | None = None
         self._products = Products(*np.zeros((3, 0)))
         self._pending: Prediction | None = None
         self._before = 0.0  # s of m_1
@@ -226,14 +230,14 @@ class EVODiffScheduler(MultistepScheduler):
         return node / self._alpha(node) if self._is_flow else node
 
     def _slope(self, output: torch.Tensor, sample: torch.Tensor, levels: Levels) -> torch.Tensor:
-        # The data prediction instead: what this method is made of.
+        # The data prediction instead: what this method is made of. A new tensor, for it is kept.
         kind, s, alpha = self.config.prediction_type, levels.start, levels.alpha
         if kind == "sample":
-            return output
+            return output.clone()
         if kind == "epsilon":
-            return torch.add(sample / alpha, output, alpha=-s)
+            return torch.mul(output, -s).add_(sample, alpha=1.0 / alpha)
         if kind == "v_prediction":
-            return torch.add(alpha * sample, output, alpha=-alpha * s)
+            return torch.mul(output, -alpha * s).add_(sample, alpha=alpha)
         if kind == "flow_prediction":
             return torch.add(sample, output, alpha=-s)
         raise ValueError(f"prediction_type={kind!r} is not known; use one of {', '.join(PREDICTION_TYPES)}")
@@ -241,51 +245,58 @@ class EVODiffScheduler(MultistepScheduler):
     def _advance(self, slope: torch.Tensor, sample: torch.Tensor, levels: Levels) -> torch.Tensor:
         start, end = self._ratio(levels.start), self._ratio(levels.end)
         groups = math.prod(sample.shape[: 2 if self.config.per_channel_stats and sample.ndim > 2 else 1])
-        corrected = self._take_in(slope.reshape(groups, -1))
-        state = sample.reshape(groups, -1) / levels.alpha if corrected is None else corrected
+        newest = slope.reshape(groups, -1)
+        terms, correction = self._take_in(newest)
 
+        # X, corrected, is X_i and `correction` times `terms`; from there the step adds its own weights of m_t and m_0 - m_t.
         shrink = end / start
-        following = state * (levels.next_alpha * shrink)
-        weights: list[Any] = [1.0 - shrink]  # of c and b; by itself DDIM
-        steps = len(self._times) - (self._nodes[-1] == 0)  # without a jump to the clean picture
-        if self._differences and levels.index < steps - 1:
+        weights: list[Any] = [1.0 - shrink]  # by itself DDIM
+        kept, last = shrink, len(self._times) - (self._nodes[-1] == 0) - 1  # without a jump to the clean picture
+        if self._difference is not None and levels.index < last:
             self._pending = self._laid_out(start, end)
             of_c, of_b = predict(self._products, self._pending, self.config.temperature)
-            weights = [1.0 - shrink + of_c, of_b]
-        elif self._differences and levels.index == steps - 1 and self.config.official_final:
-            kept, half = 1.0 - math.sqrt(start * end), 0.5 * (1.0 - shrink)
+            weights = [1.0 - shrink + of_c, -of_b]
+        elif self._difference is not None and levels.index == last and self.config.official_final:
+            less, half = 1.0 - math.sqrt(start * end), 0.5 * (1.0 - shrink)
             share = 1.0 - 0.5 * math.sqrt(shrink if shrink < 0.5 else shrink - 0.5)
-            following *= kept
-            weights = [kept * (1.0 - shrink) + half * (1.0 - share), half * share]
-        terms = [value for value in (self._newest, *self._differences) if value is not None]
-        for term, weight in zip(terms, weights):
-            following.addcmul_(term, _column(levels.next_alpha * weight, following))
-        self._state, self._before = state, start
+            kept *= less
+            weights = [less * (1.0 - shrink) + half * (1.0 - share), -half * share]
+        table = np.zeros((max(len(terms), len(weights)), groups))
+        for row, weight in enumerate(correction):
+            table[row] = kept * weight
+        for row, weight in enumerate(weights):
+            table[row] += weight
+        columns = torch.from_numpy(table * levels.next_alpha).to(newest).unsqueeze(-1).unbind()
+        following = sample.reshape(groups, -1) * (levels.next_alpha * kept / levels.alpha)
+        for term, column in zip(terms, columns, strict=True):
+            following.addcmul_(term, column)
+        self._before = start
         return following.reshape(sample.shape)
 
-    def _take_in(self, newest: torch.Tensor) -> torch.Tensor | None:
-        """Makes a prediction the newest one, and the state corrected with it if one was waiting for that."""
-        if self._newest is None:
+    def _take_in(self, newest: torch.Tensor) -> tuple[list[torch.Tensor], list[np.ndarray]]:
+        """Makes a prediction the newest one. Returns m_t, -a = m_0 - m_t and -b, and their weights in what corrects X_i.
+
+        X_i was made as X_e + (X_p - X_e); the corrector has other weights instead of the second ones, and X_e in common.
+        """
+        difference, older, step = self._newest, self._difference, self._pending
+        self._newest, self._pending = newest, None
+        if difference is None:
             square = as_numbers(torch.linalg.vecdot(newest, newest))
-            self._newest, self._products = (
-                newest.clone(),
-                Products(np.zeros_like(square), np.zeros_like(square), square),
-            )
-            return None
-        memory = self._differences[1] if len(self._differences) > 1 else torch.empty_like(newest)
-        step, state, difference = self._pending, self._state, torch.sub(newest, self._newest, out=memory)
-        others = [difference, self._newest, *self._differences[:1]]
-        aa, ac, *ab = as_numbers(torch.stack([torch.linalg.vecdot(difference, other) for other in others]))
-        if step is not None and state is not None:
+            self._products = Products(np.zeros_like(square), np.zeros_like(square), square)
+            return [newest], []
+        difference.sub_(newest)  # in the memory of m_0: c is m_t - a
+        self._difference = difference
+        flat = difference.detach()
+        others = [flat, newest.detach(), *([] if older is None else [older.detach()])]
+        aa, less, *ab = as_numbers(torch.stack([torch.linalg.vecdot(flat, other) for other in others]))
+        ac = -less - aa
+        correction = []
+        if step is not None and older is not None:
             of_a, of_b, of_c = correct(self._products, step, aa, ab[0], ac, len(self._times) > SHORT_RUN)
-            state.mul_(step.shrink)
-            terms = zip(others, (of_a, 1.0 - step.shrink + of_c, of_b), strict=True)
-            for term, weight in terms:
-                state.addcmul_(term, _column(weight, state))
-        self._products, self._pending = self._products.moved(aa, ac), None
-        self._newest.copy_(newest)
-        self._differences = [difference, *self._differences[:1]]
-        return None if step is None else state
+            of_c = of_c - step.of_c
+            correction = [of_c, of_c - of_a, step.of_b - of_b]
+        self._products = self._products.moved(aa, ac)
+        return [newest, difference, *([older] if correction and older is not None else [])], correction
 
     def _laid_out(self, start: float, end: float) -> Prediction:
         high, low = self._ratio(self._nodes[0]), self._ratio(self._nodes[-1] or self._nodes[-2])
@@ -293,9 +304,3 @@ class EVODiffScheduler(MultistepScheduler):
         r = math.log(self._before / start) / math.log(start / end)
         base = math.sqrt((end / start) / (start / self._before))
         return Prediction(end / start, 1.0 / end - 1.0 / start, r, base, w)
-
-
-def _column(weight: float | np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """A number a group, in a shape that multiplies groups."""
-    numbers = np.full(1, weight) if isinstance(weight, float) else weight
-    return torch.from_numpy(numbers).to(like).reshape(-1, 1)

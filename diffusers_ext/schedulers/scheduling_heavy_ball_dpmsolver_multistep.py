@@ -14,6 +14,7 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
+from .exponential_weights import dpm_weights, log_snr
 from .heavy_ball import HeavyBallMixin
 
 
@@ -142,4 +143,33 @@ class HeavyBallDPMSolverMultistepScheduler(HeavyBallMixin, DPMSolverMultistepSch
     def _with_momentum(self, result: torch.Tensor, sample: torch.Tensor | None) -> torch.Tensor:
         if sample is None or self.step_index is None:
             return result
-        return self._damped("step", result, sample, self.step_index, self.config.algorithm_type == "dpmsolver")
+        return self._damped("step", result, sample, self.step_index)
+
+    # -- a step without diffusers' ---------------------------------------------------------------------------------
+
+    def _is_plain(self) -> bool:
+        config = self.config
+        return config.solver_order in (1, 2, 3) and not config.thresholding and config.variance_type is None
+
+    @property
+    def _of_noise(self) -> bool:
+        return bool(self.config.algorithm_type == "dpmsolver")
+
+    def _order(self, index: int) -> int:
+        """As the parent chooses it: low while the history fills, and at the end where it is told so."""
+        config, left = self.config, len(self.timesteps) - index
+        short = config.lower_order_final and len(self.timesteps) < 15
+        if left == 1 and (short or config.euler_at_final or config.final_sigmas_type == "zero"):
+            return 1
+        return min(config.solver_order, self.lower_order_nums + 1, 2 if left == 2 and short else 3)
+
+    def _integrated(
+        self, newest: torch.Tensor, sample: torch.Tensor, nodes: Sequence[float], index: int
+    ) -> torch.Tensor:
+        self.model_outputs = [*self.model_outputs[1:], newest]
+        order = self._order(index)
+        lambdas = tuple(log_snr(nodes[index + 1 - j], self._is_flow) for j in range(order + 1))
+        weights = dpm_weights(lambdas, self.config.solver_type == "midpoint", self._of_noise)
+        predictions = self.model_outputs[: -order - 1 : -1]
+        name = "step" if order > 1 else None
+        return self._moved(name, sample, predictions, weights, nodes[index], nodes[index + 1])

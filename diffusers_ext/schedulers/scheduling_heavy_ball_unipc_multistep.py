@@ -16,6 +16,7 @@ from diffusers import UniPCMultistepScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
+from .exponential_weights import log_snr, unipc_weights
 from .heavy_ball import HeavyBallMixin
 
 
@@ -48,6 +49,9 @@ class HeavyBallUniPCMultistepScheduler(HeavyBallMixin, UniPCMultistepScheduler):
         image = pipe("a red star on a blue background", num_inference_steps=10).images[0]
         ```
     """
+
+    last_sample: torch.Tensor | None
+    this_order: int
 
     @register_to_config
     def __init__(
@@ -132,7 +136,7 @@ class HeavyBallUniPCMultistepScheduler(HeavyBallMixin, UniPCMultistepScheduler):
         result = super().multistep_uni_p_bh_update(model_output, *args, sample=sample, order=order, **kwargs)
         if sample is None or self.step_index is None or order == 1 or self.config.official_momentum:
             return result
-        return self._damped("predictor", result, sample, self.step_index, not self.predict_x0)
+        return self._damped("predictor", result, sample, self.step_index)
 
     def multistep_uni_c_bh_update(
         self,
@@ -145,6 +149,35 @@ class HeavyBallUniPCMultistepScheduler(HeavyBallMixin, UniPCMultistepScheduler):
         result = super().multistep_uni_c_bh_update(this_model_output, *args, last_sample=last_sample, **kwargs)
         if last_sample is None or self.step_index is None:
             return result
-        return self._damped(
-            "corrector", result, last_sample, self.step_index - 1, not self.predict_x0, self.config.official_momentum
-        )
+        return self._damped("corrector", result, last_sample, self.step_index - 1, self.config.official_momentum)
+
+    # -- a step without diffusers' ---------------------------------------------------------------------------------
+
+    def _is_plain(self) -> bool:
+        return self.config.solver_order >= 1 and not self.config.thresholding and not self.solver_p
+
+    @property
+    def _of_noise(self) -> bool:
+        return not self.predict_x0
+
+    def _integrated(
+        self, newest: torch.Tensor, sample: torch.Tensor, nodes: Sequence[float], index: int
+    ) -> torch.Tensor:
+        official = self.config.official_momentum
+        if index > 0 and index - 1 not in self.disable_corrector and self.last_sample is not None:
+            predictions = [newest, *self.model_outputs[: -self.this_order - 1 : -1]]
+            weights = self._weights(nodes, index, self.this_order, corrector=True)
+            start = self.last_sample
+            sample = self._moved("corrector", start, predictions, weights, nodes[index - 1], nodes[index], official)
+        self.model_outputs = [*self.model_outputs[1:], newest]
+        left = len(self.timesteps) - index if self.config.lower_order_final else self.config.solver_order
+        self.this_order = min(self.config.solver_order, left, self.lower_order_nums + 1)
+        self.last_sample = sample
+        predictions = self.model_outputs[: -self.this_order - 1 : -1]
+        weights = self._weights(nodes, index + 1, self.this_order, corrector=False)
+        name = "predictor" if self.this_order > 1 and not official else None
+        return self._moved(name, sample, predictions, weights, nodes[index], nodes[index + 1])
+
+    def _weights(self, nodes: Sequence[float], end: int, order: int, corrector: bool) -> tuple[float, ...]:
+        lambdas = tuple(log_snr(nodes[end - j], self._is_flow) for j in range(order + 1))
+        return unipc_weights(lambdas, corrector, self.config.solver_type == "bh1", self._of_noise)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusers_ext.schedulers import AdaptiveAdamsScheduler
+from diffusers_ext.schedulers.scheduling_adaptive_adams import moved_by
 from tests.analytic.sampler_problems import (
     FAILURE,
     MixtureProblem,
@@ -116,3 +117,50 @@ def test_a_noise_that_never_changes_is_integrated_exactly(power: float) -> None:
 def test_a_power_out_of_range_is_named(power: object) -> None:
     with pytest.raises(ValueError, match="basis_power="):
         AdaptiveAdamsScheduler(basis_power=power)
+
+
+@pytest.mark.parametrize("name", ["mix", "cfg"])
+def test_with_the_lipschitz_gate_no_sample_fails_either_and_no_mean_is_lost(name: str) -> None:
+    problem = MixtureProblem(name)
+    start = problem.fresh_starts((51_000, 51_001))
+    reference = problem.reference(start, problem.s_max, problem.s_min, 200)
+    for steps in (5, 8, 15):
+        means = []
+        for gate in (False, True):
+            state = final(problem, karras_nodes(problem, steps), start, lipschitz_gate=gate)
+            errors = sample_errors(state, reference)
+            assert not (errors > FAILURE).any()
+            means.append(float(errors.mean()))
+        assert means[0] != means[1] < 1.15 * means[0], steps
+
+
+def test_what_a_pipeline_writes_into_the_sample_between_steps_stays() -> None:
+    # A correction is a difference of what slopes add: it does not pull an edited sample back to where it was.
+    problem = MixtureProblem("mix")
+    nodes = karras_nodes(problem, 6)
+    ends = []
+    for shift in (0.0, 5.0):
+        scheduler = AdaptiveAdamsScheduler()
+        scheduler.set_timesteps(sigmas=nodes)
+        sample = problem.start
+        for index, timestep in enumerate(scheduler.timesteps):
+            noise = 0.1 * torch.sin(torch.full_like(sample, float(index)))
+            if index == 3:
+                sample = sample + shift * (1 + nodes[index] ** 2) ** -0.5
+            sample = scheduler.step(noise, timestep, sample).prev_sample
+        ends.append(sample * (1 + nodes[-1] ** 2) ** 0.5)
+    assert torch.allclose(ends[1] - ends[0], torch.full_like(ends[0], 5.0), atol=0.3)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 6])
+def test_weights_that_move_the_uncorrected_state_are_those_of_correcting_it_first(cut: int) -> None:
+    generator = torch.Generator().manual_seed(cut)
+    slopes = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    before, ahead, corrector, predicted = (torch.randn(4, generator=generator, dtype=torch.float64) for _ in range(4))
+    phi, known = 0.3, min(cut + 1, 4)
+    ahead, corrector, predicted = ahead[:known].tolist(), corrector[:known].tolist(), predicted[:cut][:4].tolist()
+    state = before[:3] + sum(w * e for w, e in zip(predicted, slopes[1:]))
+    corrected = state + phi * (before[:3] + sum(w * e for w, e in zip(corrector, slopes)) - state)
+    expected = corrected + sum(w * e for w, e in zip(ahead, slopes))
+    moved = state + sum(w * e for w, e in zip(moved_by(ahead, corrector, predicted, phi), slopes))
+    assert torch.allclose(moved, expected, atol=1e-12)

@@ -34,7 +34,13 @@ def in_float64(scheduler: Any, problem: MixtureProblem) -> Any:
     """The schedule of the reference at full precision, and a solver that does not round its samples to float32."""
     sigmas = ((1 - problem.alphas_cumprod) / problem.alphas_cumprod).sqrt()
     scheduler.sigmas = torch.cat([sigmas[scheduler.timesteps], sigmas[:1]])
-    for name in ("dpm_solver_first_order_update", "multistep_dpm_solver_second_order_update"):
+    return without_rounding(scheduler)
+
+
+def without_rounding(scheduler: Any) -> Any:
+    """A solver of diffusers whose updates start from the sample as the test knows it."""
+    for order in ("dpm_solver_first", "multistep_dpm_solver_second", "multistep_dpm_solver_third"):
+        name = f"{order}_order_update"
         if hasattr(scheduler, name):
             setattr(scheduler, name, unrounded(getattr(scheduler, name)))
     return scheduler
@@ -119,6 +125,120 @@ def test_damping_one_is_the_parent_bit_for_bit(kind: str, config: dict[str, Any]
             run.append(sample)
         states.append(torch.stack(run))
     assert torch.isfinite(states[0]).all() and torch.equal(*states)
+
+
+GRIDS: list[dict[str, Any]] = [
+    {}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"timestep_spacing": "trailing"},
+]  # fmt: skip
+FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+def settings(kind: str, order: int, prediction: str) -> Iterator[dict[str, Any]]:
+    """Every setting of a solver that changes its arithmetic, except those that are left to the parent."""
+    finals = [
+        {"lower_order_final": lower, "final_sigmas_type": end}
+        for lower in (True, False)
+        for end in ("zero", "sigma_min")
+    ]
+    grids = [FLOW] if prediction == "flow_prediction" else [*GRIDS, FLOW]
+    if kind == "dpm":
+        variants = [
+            {"algorithm_type": algorithm, "solver_type": solver, "euler_at_final": euler}
+            for algorithm in ("dpmsolver++", "dpmsolver") for solver in ("midpoint", "heun") for euler in (False, True)
+        ]  # fmt: skip
+    else:
+        variants = [
+            {"predict_x0": data, "solver_type": solver, "disable_corrector": disabled, "official_momentum": official}
+            for data in (True, False) for solver in ("bh1", "bh2") for disabled, official in (([], False), ([0, 3], True))
+        ]  # fmt: skip
+    for number, (variant, final) in enumerate((variant, final) for variant in variants for final in finals):
+        of_noise = variant.get("algorithm_type") == "dpmsolver" or not variant.get("predict_x0", True)
+        at_zero = final["final_sigmas_type"] == "zero"
+        # Where diffusers itself refuses, or divides by zero: a prediction of noise at the end, an order above one there, bh1.
+        if of_noise and (at_zero or prediction == "flow_prediction"):
+            continue
+        if at_zero and (
+            variant.get("solver_type") == "bh1" or (kind == "unipc" and not final["lower_order_final"] and order > 1)
+        ):
+            continue
+        # Each variant meets each grid at some end; all of all would be five times as many runs.
+        yield {**variant, **final, **grids[number % len(grids)], "solver_order": order, "prediction_type": prediction}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_our_own_step_is_momentum_over_the_step_of_diffusers(
+    kind: str, order: int, prediction: str, float64: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls, count = PAIRS[kind][0], 0
+    for config in settings(kind, order, prediction):
+        states = []
+        for own in (True, False):
+            scheduler = cls(**SCHEDULE, damping=0.6, **config)
+            scheduler.set_timesteps(6)
+            scheduler.sigmas = scheduler.sigmas.double()
+            if not own:
+                monkeypatch.setattr(scheduler, "_is_plain", lambda: False)
+                without_rounding(scheduler)
+            sample = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            run = []
+            # On some grids diffusers ends with a step of no length, and divides by it.
+            steps = 6 if float(scheduler.sigmas[-1]) < 0.999 * float(scheduler.sigmas[-2]) else 5
+            for timestep in scheduler.timesteps[:steps]:
+                SAMPLES["now"] = sample
+                output = 0.3 * torch.sin(sample + timestep)
+                sample = scheduler.step(output, timestep, sample).prev_sample
+                run.append(sample)
+            states.append(torch.stack(run))
+        ours, theirs = states
+        size = theirs.abs().amax((1, 2, 3, 4), keepdim=True)
+        assert float(((ours - theirs) / size).abs().max()) < 1e-6, config
+        count += 1
+    assert count >= 8
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_in_single_precision_our_own_step_differs_by_rounding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for own in (True, False):
+        scheduler = PAIRS[kind][0](**SCHEDULE, damping=0.6, solver_order=3, use_karras_sigmas=True)
+        scheduler.set_timesteps(20)
+        if not own:
+            monkeypatch.setattr(scheduler, "_is_plain", lambda: False)
+        sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(0.3 * torch.sin(sample + timestep), timestep, sample).prev_sample
+        states.append(sample)
+    assert float((states[0] - states[1]).abs().max()) < 2e-5 * float(states[1].abs().max())
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_thresholding_is_left_to_diffusers_and_has_momentum(kind: str) -> None:
+    finals = []
+    for damping in (1.0, 0.6):
+        scheduler = PAIRS[kind][0](**SCHEDULE, damping=damping, thresholding=True)
+        scheduler.set_timesteps(8)
+        sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(torch.sin(3 * sample), timestep, sample).prev_sample
+        finals.append(sample)
+    assert torch.isfinite(finals[1]).all() and not torch.allclose(*finals, atol=1e-3)
+    # A thresholded prediction is where a run ends that jumps to it.
+    assert float(finals[1].abs().max()) <= 1.0 + 1e-6
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_gradients_pass_through_our_own_step(kind: str) -> None:
+    scheduler = PAIRS[kind][0](**SCHEDULE, damping=0.6)
+    scheduler.set_timesteps(5)
+    scale = torch.tensor(0.5, requires_grad=True)
+    sample = torch.ones(1, 2, 4, 4)
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(scale * sample, timestep, sample).prev_sample
+    sample.sum().backward()
+    assert scale.grad is not None and torch.isfinite(scale.grad) and float(scale.grad) != 0.0
 
 
 @pytest.mark.parametrize("kind", PAIRS)

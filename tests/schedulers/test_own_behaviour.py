@@ -114,8 +114,6 @@ def test_the_order_of_a_batch_changes_nothing(cls: Any) -> None:
 
 @every
 def test_memory_that_the_network_reuses_is_not_relied_on(cls: Any) -> None:
-    if issubclass(cls, HeavyBallMixin):
-        pytest.skip("the parents keep what they are given")
     finals = []
     for reused in (False, True):
         scheduler = cls(**SCHEDULE)
