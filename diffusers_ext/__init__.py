@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
     from .guidance import FeatureEnergy, NormRescaler, SelfAttentionEnergy
     from .inversion import InversionOutput
+    from .models import RollingTransformer1DModel
     from .pipelines import (
         GuideAndRescalePipeline,
         GuideAndRescalePipelineOutput,
         GuideAndRescaleStableDiffusionXLPipeline,
         MRRestorationPipeline,
         MRRestorationPipelineOutput,
+        RollingLadderPipeline,
+        RollingLadderPipelineOutput,
     )
     from .schedulers import (
         AdaptiveAdamsScheduler,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
         MeanRevertingAdapter,
         MRScheduler,
         ResfusionScheduler,
+        RollingLadderScheduler,
     )
 
 
@@ -61,6 +65,10 @@ _LAZY = {
     "ModelMixin": "diffusers",
     "NormRescaler": "diffusers_ext.guidance",
     "ResfusionScheduler": "diffusers_ext.schedulers",
+    "RollingLadderPipeline": "diffusers_ext.pipelines",
+    "RollingLadderPipelineOutput": "diffusers_ext.pipelines",
+    "RollingLadderScheduler": "diffusers_ext.schedulers",
+    "RollingTransformer1DModel": "diffusers_ext.models",
     "SchedulerMixin": "diffusers",
     "SelfAttentionEnergy": "diffusers_ext.guidance",
 }
@@ -85,6 +93,10 @@ __all__ = [
     "ModelMixin",
     "NormRescaler",
     "ResfusionScheduler",
+    "RollingLadderPipeline",
+    "RollingLadderPipelineOutput",
+    "RollingLadderScheduler",
+    "RollingTransformer1DModel",
     "SchedulerMixin",
     "SelfAttentionEnergy",
     "__version__",

@@ -5,6 +5,7 @@ already in `sys.modules`.
 """
 
 from .attribute_judge import AttributeJudge
+from .rolling_transformer_1d import RollingTransformer1DModel
 
 
-__all__ = ["AttributeJudge"]
+__all__ = ["AttributeJudge", "RollingTransformer1DModel"]

@@ -3,6 +3,7 @@
 from .pipeline_guide_and_rescale import GuideAndRescalePipeline, GuideAndRescalePipelineOutput
 from .pipeline_guide_and_rescale_sdxl import GuideAndRescaleStableDiffusionXLPipeline
 from .pipeline_mr_restoration import MRRestorationPipeline, MRRestorationPipelineOutput
+from .pipeline_rolling_ladder import RollingLadderPipeline, RollingLadderPipelineOutput
 
 
 __all__ = [
@@ -11,4 +12,6 @@ __all__ = [
     "GuideAndRescaleStableDiffusionXLPipeline",
     "MRRestorationPipeline",
     "MRRestorationPipelineOutput",
+    "RollingLadderPipeline",
+    "RollingLadderPipelineOutput",
 ]

@@ -16,6 +16,7 @@ from .scheduling_heavy_ball_unipc_multistep import HeavyBallUniPCMultistepSchedu
 from .scheduling_mean_reverting_adapter import MeanRevertingAdapter
 from .scheduling_mr import MRScheduler
 from .scheduling_resfusion import ResfusionScheduler
+from .scheduling_rolling_ladder import RollingLadderScheduler
 
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "MRScheduler",
     "MeanRevertingAdapter",
     "ResfusionScheduler",
+    "RollingLadderScheduler",
     "SchedulerMixin",
 ]

@@ -110,6 +110,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "MRScheduler": {"num_train_timesteps": 1000},
     "MeanRevertingAdapter": {"num_train_timesteps": 1000, "scheduler_class": "UniPCMultistepScheduler"},
     "ResfusionScheduler": {"num_train_timesteps": 26},  # which has ten steps, and no other number of them
+    "RollingLadderScheduler": {"window_length": 1},  # one rung, so that any number of steps fits
 }
 
 # Further arguments that a step cannot do without, made from the sample.
