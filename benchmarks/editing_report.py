@@ -9,9 +9,9 @@ import torch
 from common import ROOT
 from editing_measures import Task, best_mixture, paired_difference
 from editing_methods import DDIM, GUIDE, METHODS, NO_EDIT, SDEDIT, SETTINGS
+from page import write_between
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_ext.atomic import atomic_write
 from diffusers_ext.sheets import FAINT, FRAME, INK, PAPER, Tile, contact_sheet
 
 
@@ -287,8 +287,4 @@ def write_report(
     images.mkdir(exist_ok=True)
     save_small(curves(result["tasks"]), images / "editing_curves.png")
     save_small(sheet_of(measured, tasks, file_of), images / "editing_sheet.png")
-    page = DOCS / "editing_benchmark.md"
-    text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    atomic_write(page, f"{before}{BEGIN}\n\n{markdown(result, measured)}\n\n{END}{after}".encode())
+    write_between(DOCS / "editing_benchmark.md", BEGIN, END, markdown(result, measured))

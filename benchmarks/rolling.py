@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, peak_memory, timed, write_result
+from page import write_between
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,9 +206,7 @@ def main() -> None:
             write_result("rolling", result)
             print(name, json.dumps(result[name]))
     if "page" in args.parts:
-        text = PAGE.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        PAGE.write_text(f"{before}{BEGIN}\n{page(result)}\n{END}{after}")
+        write_between(PAGE, BEGIN, END, page(result))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Writes the tables of docs/samplers.md and its plot from the JSON of `samplers.py`."""
 
-import math
 from pathlib import Path
 from typing import Any
+
+from page import Panel, line_chart, write_between
 
 from diffusers_ext.atomic import atomic_write
 
@@ -113,47 +114,12 @@ def ratios(problems: dict[str, Any], setting: str, columns: list[str]) -> list[s
 
 def plot(problems: dict[str, Any], columns: list[str]) -> str:
     """Mean error over evaluations, both logarithmic, a panel a problem, as SVG."""
-    names = [name for name in TITLES if problems.get(name, {}).get("equal")]
-    width, height, left, top = 300, 220, 46, 30
     panels = []
-    for index, name in enumerate(names):
-        x0, y0 = (index % 3) * (width + 20), (index // 3) * (height + 40)
-        table = problems[name]["equal"]
-        means = [table[s]["rows"][c]["mean"] for s in DRAWN if s in table for c in columns]
-        low, high = math.floor(math.log10(min(means))), min(1.0, math.ceil(math.log10(max(means))))
-
-        def place(
-            evaluations: str, mean: float, x0: float = x0, y0: float = y0, low: float = low, high: float = high
-        ) -> str:
-            first, last = math.log(int(columns[0])), math.log(int(columns[-1]))
-            x = x0 + left + (width - left - 10) * (math.log(int(evaluations)) - first) / (last - first)
-            y = y0 + top + (height - top - 24) * (high - min(math.log10(mean), high)) / (high - low)
-            return f"{x:.1f},{y:.1f}"
-
-        parts = [f'<text x="{x0 + left}" y="{y0 + 16}" font-weight="bold">{TITLES[name]}</text>']
-        for power in range(low, int(high) + 1):
-            (ax, ay), (bx, _) = (place(c, 10.0**power).split(",") for c in (columns[0], columns[-1]))
-            parts.append(f'<line x1="{ax}" y1="{ay}" x2="{bx}" y2="{ay}" stroke="#ddd"/>')
-            parts.append(f'<text x="{x0 + left - 6}" y="{float(ay) + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
-        for column in columns:
-            x = place(column, 1.0).split(",")[0]
-            parts.append(f'<text x="{x}" y="{y0 + height - 6}" text-anchor="middle">{column}</text>')
-        for sampler, colour in DRAWN.items():
-            if sampler in table:
-                points = " ".join(place(c, table[sampler]["rows"][c]["mean"]) for c in columns)
-                parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        panels += parts
-    rows = (len(names) + 2) // 3
-    total_height = rows * (height + 40) + 40
-    for index, (sampler, colour) in enumerate(DRAWN.items()):
-        x, y = 20 + (index % 4) * 235, total_height - 30 + 18 * (index // 4)
-        panels.append(f'<line x1="{x}" y1="{y - 4}" x2="{x + 20}" y2="{y - 4}" stroke="{colour}" stroke-width="3"/>')
-        panels.append(f'<text x="{x + 26}" y="{y}">{sampler}</text>')
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{3 * (width + 20)}" height="{total_height}" '
-        'font-family="sans-serif" font-size="11">\n<rect width="100%" height="100%" fill="white"/>\n'
-    )
-    return head + "\n".join(panels) + "\n</svg>\n"
+    for name, title in TITLES.items():
+        table = problems.get(name, {}).get("equal") or {}
+        lines = {sampler: {int(c): entry["rows"][c]["mean"] for c in columns} for sampler, entry in table.items()}
+        panels.append(Panel(title, [int(c) for c in columns], lines, logarithmic=True, most=10.0))
+    return line_chart(panels, DRAWN, across=3)
 
 
 def write_page(result: dict[str, Any], docs: Path) -> None:
@@ -163,9 +129,6 @@ def write_page(result: dict[str, Any], docs: Path) -> None:
         ValueError: If the page lacks its markers.
     """
     page = docs / "samplers.md"
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page.name} has no {BEGIN} and {END}; put them where the figures belong")
     problems, columns = result["problems"], [str(count) for count in result["settings"]["evaluations"]]
     settings = result["settings"]
     measured = any("demo" in name for name in problems)
@@ -189,6 +152,5 @@ def write_page(result: dict[str, Any], docs: Path) -> None:
                 lines += ["", f"### {title[0].upper()}{title[1:]}: {words}", ""]
                 lines += [f"Median / mean error [samples above {settings['failure']}].{note}", ""]
                 lines += grid_table(table, columns)
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    atomic_write(page, (before + "\n" + "\n".join(lines) + "\n" + after).encode())
+    write_between(page, BEGIN, END, "\n".join(lines))
     atomic_write(docs / "images" / "samplers.svg", plot(problems, columns).encode())

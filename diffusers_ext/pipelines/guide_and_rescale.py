@@ -23,10 +23,10 @@ from diffusers.utils import BaseOutput
 
 from ..guidance import PRESETS, GuidanceEnergy, GuidancePreset, GuidedStep, NormRescaler
 from ..inversion import ALIGNMENTS, InversionOutput, ddim_step
+from ..schedulers.noise import check_generator
 from .ddim_inversion import INVERSION_METHODS, DDIMInversionMixin, PipelineImage
 from .inputs import (
     check_finite,
-    check_generator,
     check_kwargs,
     check_size,
     checked_choice,

@@ -68,15 +68,6 @@ def spread(items: list[str], count: int, name: str, of: str) -> list[str]:
     return items * (count // len(items))
 
 
-def check_generator(generator: Any, batch_size: int) -> None:
-    """Checks a generator, or one for each sample."""
-    generators = generator if isinstance(generator, list) else [generator]
-    if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
-        raise TypeError(f"generator={generator!r} is not a torch.Generator or a list of them")
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(f"generator is a list of {len(generator)} for a batch of {batch_size}; give one for each")
-
-
 def check_size(height: Any, width: Any) -> None:
     """Checks the size a picture shall be scaled to."""
     for name, value in (("height", height), ("width", width)):

@@ -22,9 +22,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..integrity import CheckedLoadingMixin
+from ..schedulers.noise import check_generator
 from .inputs import (
     check_finite,
-    check_generator,
     checked_choice,
     checked_number,
     checked_steps,

@@ -23,9 +23,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..integrity import CheckedLoadingMixin
+from ..schedulers.noise import check_generator
 from ..schedulers.scheduling_rolling_ladder import RollingLadderScheduler
 from .frame_conditions import ConditionSource, checked_conditions
-from .inputs import check_finite, check_generator, checked_choice, checked_number, checked_steps
+from .inputs import check_finite, checked_choice, checked_number, checked_steps
 
 
 WARMUPS = ("init", "pad")

@@ -108,14 +108,3 @@ def check_finite(values: torch.Tensor, message: str) -> None:
     # A sum may overflow where its terms do not, so it is only grounds for suspicion.
     if not math.isfinite(float(values.sum(dtype=torch.float32))) and not bool(torch.isfinite(values).all()):
         raise ValueError(message)
-
-
-def check_generator(generator: Any, batch_size: int) -> None:
-    """Checks a generator, or one for each sample."""
-    generators = generator if isinstance(generator, list) else [generator]
-    if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
-        raise TypeError(
-            f"generator={generator!r} is not a torch.Generator or a list of them; give one for each sample"
-        )
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(f"generator is a list of {len(generator)} for a batch of {batch_size}; give one for each")

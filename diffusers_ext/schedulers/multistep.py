@@ -16,6 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 
 from . import sigma_grids as grids
+from .step_counter import StepCounterMixin
 
 
 __all__ = ["Levels", "MultistepScheduler", "SchedulerMixin", "register_to_config"]
@@ -126,7 +127,7 @@ class Levels:
     next_alpha: float
 
 
-class MultistepScheduler(SchedulerMixin, ConfigMixin):
+class MultistepScheduler(StepCounterMixin, SchedulerMixin, ConfigMixin):
     """Base of schedulers that follow dX/ds = slope from node to node. Defines no constructor: the config is the subclass's.
 
     A subclass registers the arguments that `_set_up` reads, and defines `_advance`, which makes the next sample and remembers what
@@ -194,9 +195,7 @@ class MultistepScheduler(SchedulerMixin, ConfigMixin):
         self._nodes = [*map(float, starts), float(last)]
         self.sigmas = torch.tensor(self._nodes, dtype=torch.float32)
         self.timesteps = timesteps
-        self._times = timesteps.tolist()
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._count_from_start(timesteps.tolist())
         self._shape: torch.Size | None = None
         self._forget()
 
@@ -299,49 +298,6 @@ class MultistepScheduler(SchedulerMixin, ConfigMixin):
         if config.shift_terminal and len(times) > 1:
             times = grids.stretched_times(times, config.shift_terminal)
         return times, 0.0, (times * trained).astype(np.float32)
-
-    # -- counting --------------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return int(self.config.num_train_timesteps)
-
-    @property
-    def step_index(self) -> int | None:
-        """Number of the step that comes next; `None` before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Number of the step that a run begins with, where a pipeline has said so."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Says with which step the run begins (image-to-image starts in the middle)."""
-        self._begin_index = begin_index
-
-    def index_for_timestep(self, timestep: Any) -> int:
-        """Number of the step that starts at a timestep.
-
-        Raises:
-            ValueError: If none does.
-        """
-        value = float(timestep)
-        for candidate in (value, float(np.float32(value))):
-            if candidate in self._times:
-                return self._times.index(candidate)
-        raise ValueError(
-            f"timestep={value:g} is not one of the {len(self._times)} of this run; give one of .timesteps"
-        )
-
-    def _index(self, timestep: Any) -> int:
-        if self.num_inference_steps is None:
-            raise ValueError(f"timestep={timestep!r}: no steps are laid yet; call set_timesteps first")
-        index = self._step_index
-        if index is None:
-            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if not 0 <= index < len(self._times):
-            raise ValueError(f"timestep={timestep!r}: all {len(self._times)} steps are done; call set_timesteps first")
-        return index
 
     def _alpha(self, node: float) -> float:
         return 1.0 if self._is_flow else (1.0 + node * node) ** -0.5

@@ -16,9 +16,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .mean_reverting import TableProcess
-from .mean_reverting_mixin import PREDICTION_TYPES, Generators, MeanRevertingMixin, check_choice, given_noise
+from .mean_reverting_mixin import PREDICTION_TYPES, MeanRevertingMixin, check_choice
 from .multistep import check_inputs, check_result, check_states, check_steps
+from .noise import Generators, given_noise
 from .scheduling_mr import MRSchedulerOutput
+from .step_counter import StepCounterMixin
 
 
 __all__ = ["MeanRevertingAdapter", "SchedulerMixin"]
@@ -30,7 +32,7 @@ OWN_KEYS = (
 )  # fmt: skip
 
 
-class MeanRevertingAdapter(MeanRevertingMixin, SchedulerMixin, ConfigMixin):
+class MeanRevertingAdapter(MeanRevertingMixin, StepCounterMixin, SchedulerMixin, ConfigMixin):
     """Runs a variance-preserving scheduler (DDIM, DPM-Solver++, UniPC, DEIS, Heun, ...) on a mean-reverting model.
 
     It is used like [`MRScheduler`]. Schedulers that keep their samples in another scale (Heun, Euler) do so here too, so a sample
@@ -150,41 +152,13 @@ class MeanRevertingAdapter(MeanRevertingMixin, SchedulerMixin, ConfigMixin):
         self._mean = None
         self._inner_times = self.inner.timesteps
         self.timesteps = (self._inner_times.to(torch.float32) + self._shift).to(device)
-        self._times = self.timesteps.tolist()
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-
-    def __len__(self) -> int:
-        return int(self.config.num_train_timesteps)
-
-    @property
-    def step_index(self) -> int | None:
-        """Number of the step that comes next; `None` before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Number of the step that a run begins with, where a pipeline has said so."""
-        return self._begin_index
+        self._count_from_start(self.timesteps.tolist())
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says with which step the run begins."""
-        self._begin_index = begin_index
+        super().set_begin_index(begin_index)
         if hasattr(self.inner, "set_begin_index"):
             self.inner.set_begin_index(begin_index)
-
-    def index_for_timestep(self, timestep: Any) -> int:
-        """Number of the first step that starts at a timestep.
-
-        Raises:
-            ValueError: If none does.
-        """
-        value = float(np.float32(float(timestep)))
-        if value not in self._times:
-            raise ValueError(
-                f"timestep={value:g} is not one of the {len(self._times)} of this run; give one of .timesteps"
-            )
-        return self._times.index(value)
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
@@ -227,16 +201,6 @@ class MeanRevertingAdapter(MeanRevertingMixin, SchedulerMixin, ConfigMixin):
         self, sample: torch.Tensor, mean: torch.Tensor | None = None, timestep: float | torch.Tensor | None = None
     ) -> torch.Tensor:
         return super().model_input(self.scale_model_input(sample, timestep, mean), mean)
-
-    def _index(self, timestep: Any) -> int:
-        if self.num_inference_steps is None:
-            raise ValueError(f"timestep={timestep!r}: no steps are laid yet; call set_timesteps first")
-        index = self._step_index
-        if index is None:
-            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if not 0 <= index < len(self._times):
-            raise ValueError(f"timestep={timestep!r}: all {len(self._times)} steps are done; call set_timesteps first")
-        return index
 
     def step(
         self,

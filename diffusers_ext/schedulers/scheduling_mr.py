@@ -19,8 +19,10 @@ from diffusers.utils import BaseOutput, logging
 
 from . import mean_reverting as process_of
 from . import mean_reverting_solvers as solvers
-from .mean_reverting_mixin import Generators, MeanRevertingMixin, check_choice, check_number, given_noise
+from .mean_reverting_mixin import MeanRevertingMixin, check_choice, check_number
 from .multistep import check_inputs, check_result, check_states, check_steps
+from .noise import Generators, given_noise
+from .step_counter import StepCounterMixin
 
 
 __all__ = ["MRScheduler", "MRSchedulerOutput", "SchedulerMixin"]
@@ -53,7 +55,7 @@ class _Step:
     order: int
 
 
-class MRScheduler(MeanRevertingMixin, SchedulerMixin, ConfigMixin):
+class MRScheduler(MeanRevertingMixin, StepCounterMixin, SchedulerMixin, ConfigMixin):
     """Samples models of mean-reverting diffusion (IR-SDE, DA-CLIP, Refusion, SGMSE+); one network evaluation a step.
 
     The network gets `model_input(sample, mean)` and the timestep as it is. `step` gets the mean, that is the degraded picture, as
@@ -253,10 +255,8 @@ class MRScheduler(MeanRevertingMixin, SchedulerMixin, ConfigMixin):
         table = torch.tensor([(level.sigma, level.alpha, level.lam) for level in levels], dtype=torch.float64).float()
         self.sigmas, self.alphas, self.lambdas = (column.contiguous() for column in table.T)
         times = torch.tensor([level.timestep for level in levels[:-1]], dtype=torch.float32)
-        self._times = times.tolist()
         self.timesteps = times.to(device)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._count_from_start(times.tolist())
         self._shape: torch.Size | None = None
         self._history: list[torch.Tensor] = []
 
@@ -290,46 +290,6 @@ class MRScheduler(MeanRevertingMixin, SchedulerMixin, ConfigMixin):
         return _Step(start, convert, updates, order)
 
     # -- counting --------------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return int(self.config.num_train_timesteps)
-
-    @property
-    def step_index(self) -> int | None:
-        """Number of the step that comes next; `None` before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Number of the step that a run begins with, where a pipeline has said so."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Says with which step the run begins."""
-        self._begin_index = begin_index
-
-    def index_for_timestep(self, timestep: Any) -> int:
-        """Number of the step that starts at a timestep.
-
-        Raises:
-            ValueError: If none does.
-        """
-        value = float(np.float32(float(timestep)))
-        if value not in self._times:
-            raise ValueError(
-                f"timestep={value:g} is not one of the {len(self._times)} of this run; give one of .timesteps"
-            )
-        return self._times.index(value)
-
-    def _index(self, timestep: Any) -> int:
-        if self.num_inference_steps is None:
-            raise ValueError(f"timestep={timestep!r}: no steps are laid yet; call set_timesteps first")
-        index = self._step_index
-        if index is None:
-            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if not 0 <= index < len(self._times):
-            raise ValueError(f"timestep={timestep!r}: all {len(self._times)} steps are done; call set_timesteps first")
-        return index
 
     # -- a step ----------------------------------------------------------------------------------------------------
 

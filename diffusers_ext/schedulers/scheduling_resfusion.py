@@ -17,9 +17,11 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .mean_reverting_mixin import Generators, check_choice, check_same, check_tensor, given_noise
+from .mean_reverting_mixin import check_choice
 from .multistep import check_inputs, check_result, check_states, check_steps_trained
+from .noise import Generators, check_same, check_tensor, given_noise
 from .scheduling_mr import MRSchedulerOutput
+from .step_counter import StepCounterMixin
 
 
 __all__ = ["ResfusionScheduler", "SchedulerMixin", "truncated_betas"]
@@ -64,7 +66,7 @@ def truncated_betas(schedule: str, num_train_timesteps: int) -> np.ndarray:
     return betas
 
 
-class ResfusionScheduler(SchedulerMixin, ConfigMixin):
+class ResfusionScheduler(StepCounterMixin, SchedulerMixin, ConfigMixin):
     """Samples models of Resfusion; the number of steps is that of its cut schedule.
 
     The degraded picture is given to `prepare_initial`, `model_input`, `add_noise` and `step` as `mean=`, as with [`MRScheduler`], so
@@ -117,8 +119,7 @@ class ResfusionScheduler(SchedulerMixin, ConfigMixin):
 
     def _lay(self, device: str | torch.device | None) -> None:
         self.timesteps = torch.arange(len(self._betas) - 1, -1, -1, device=device)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._count_from_start(self.timesteps.tolist())
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None) -> None:
         """Starts a run over.
@@ -138,23 +139,6 @@ class ResfusionScheduler(SchedulerMixin, ConfigMixin):
             )
         self._lay(device)
         self.num_inference_steps = steps
-
-    def __len__(self) -> int:
-        return int(self.config.num_train_timesteps)
-
-    @property
-    def step_index(self) -> int | None:
-        """Number of the step that comes next; `None` before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Number of the step that a run begins with, where a pipeline has said so."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Says with which step the run begins."""
-        self._begin_index = begin_index
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
@@ -351,24 +335,3 @@ class ResfusionScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return prev_sample, original
         return MRSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)
-
-    def index_for_timestep(self, timestep: Any) -> int:
-        """Number of the step that starts at a timestep.
-
-        Raises:
-            ValueError: If none does.
-        """
-        value, last = float(timestep), len(self._betas) - 1
-        if not value.is_integer() or not 0 <= value <= last:
-            raise ValueError(f"timestep={value:g} is not one of the {last + 1} of this run; give one of .timesteps")
-        return last - int(value)
-
-    def _index(self, timestep: Any) -> int:
-        if self.num_inference_steps is None:
-            raise ValueError(f"timestep={timestep!r}: no steps are laid yet; call set_timesteps first")
-        index = self._step_index
-        if index is None:
-            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if not 0 <= index < len(self._betas):
-            raise ValueError(f"timestep={timestep!r}: all {len(self._betas)} steps are done; call set_timesteps first")
-        return index

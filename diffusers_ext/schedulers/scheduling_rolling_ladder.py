@@ -21,14 +21,12 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from . import sigma_grids as grids
 from .frame_process import FrameProcessMixin
 from .frame_updates import (
     FrameHistory,
     check_finite,
-    check_generator,
     numbers,
     shown,
     update_coefficients,
@@ -52,6 +50,7 @@ from .multistep import (
     is_flow_config,
     translated_flow_config,
 )
+from .noise import drawn_noise
 
 
 __all__ = ["RollingLadderScheduler", "RollingLadderSchedulerOutput", "SchedulerMixin"]
@@ -456,8 +455,7 @@ class RollingLadderScheduler(FrameProcessMixin, SchedulerMixin, ConfigMixin):
 
     def _noise(self, noise: Any, generator: Any, sample: torch.Tensor) -> torch.Tensor:
         if noise is None:
-            check_generator(generator, len(sample))
-            return randn_tensor(tuple(sample.shape), generator=generator, device=sample.device, dtype=sample.dtype)
+            return drawn_noise(sample, generator)
         if not isinstance(noise, torch.Tensor) or noise.shape != sample.shape:
             found = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise ValueError(f"variance_noise={found} does not fit; give a tensor of shape {tuple(sample.shape)}")
