@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .guidance import FeatureEnergy, NormRescaler, SelfAttentionEnergy
     from .inversion import InversionOutput
-    from .models import RollingTransformer1DModel
+    from .models import LTXFrameAdapter, RollingTransformer1DModel, SkyReelsV2FrameAdapter, WanFrameAdapter
     from .pipelines import (
         GuideAndRescalePipeline,
         GuideAndRescalePipelineOutput,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         MRRestorationPipelineOutput,
         RollingLadderPipeline,
         RollingLadderPipelineOutput,
+        SimilarityFilter,
+        StreamBatch,
     )
     from .schedulers import (
         AdaptiveAdamsScheduler,
@@ -58,6 +60,7 @@ _LAZY = {
     "HeavyBallDPMSolverMultistepScheduler": "diffusers_ext.schedulers",
     "HeavyBallUniPCMultistepScheduler": "diffusers_ext.schedulers",
     "InversionOutput": "diffusers_ext.inversion",
+    "LTXFrameAdapter": "diffusers_ext.models",
     "MRRestorationPipeline": "diffusers_ext.pipelines",
     "MRRestorationPipelineOutput": "diffusers_ext.pipelines",
     "MRScheduler": "diffusers_ext.schedulers",
@@ -71,6 +74,10 @@ _LAZY = {
     "RollingTransformer1DModel": "diffusers_ext.models",
     "SchedulerMixin": "diffusers",
     "SelfAttentionEnergy": "diffusers_ext.guidance",
+    "SimilarityFilter": "diffusers_ext.pipelines",
+    "SkyReelsV2FrameAdapter": "diffusers_ext.models",
+    "StreamBatch": "diffusers_ext.pipelines",
+    "WanFrameAdapter": "diffusers_ext.models",
 }
 
 __all__ = [
@@ -86,6 +93,7 @@ __all__ = [
     "HeavyBallDPMSolverMultistepScheduler",
     "HeavyBallUniPCMultistepScheduler",
     "InversionOutput",
+    "LTXFrameAdapter",
     "MRRestorationPipeline",
     "MRRestorationPipelineOutput",
     "MRScheduler",
@@ -99,6 +107,10 @@ __all__ = [
     "RollingTransformer1DModel",
     "SchedulerMixin",
     "SelfAttentionEnergy",
+    "SimilarityFilter",
+    "SkyReelsV2FrameAdapter",
+    "StreamBatch",
+    "WanFrameAdapter",
     "__version__",
     "models",
     "register",

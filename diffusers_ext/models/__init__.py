@@ -5,7 +5,14 @@ already in `sys.modules`.
 """
 
 from .attribute_judge import AttributeJudge
+from .frame_adapters import LTXFrameAdapter, SkyReelsV2FrameAdapter, WanFrameAdapter
 from .rolling_transformer_1d import RollingTransformer1DModel
 
 
-__all__ = ["AttributeJudge", "RollingTransformer1DModel"]
+__all__ = [
+    "AttributeJudge",
+    "LTXFrameAdapter",
+    "RollingTransformer1DModel",
+    "SkyReelsV2FrameAdapter",
+    "WanFrameAdapter",
+]

@@ -9,6 +9,7 @@ with u_f the frame's condition. Already emitted frames may stand before the wind
 so that a frame of the window has the same position however much context there is.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_timest
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
+
+from .frame_times import checked_times
 
 
 __all__ = ["ModelMixin", "RollingTransformer1DModel", "RollingTransformer1DOutput"]
@@ -77,9 +80,14 @@ class RollingTransformer1DModel(ModelMixin, ConfigMixin):
         mlp_ratio (`int`, *optional*, defaults to 4): Width of the MLP over that of the blocks.
         causal (`bool`, *optional*, defaults to `False`): Whether a frame sees only frames before it and itself. Later frames of a
             window are noisier, but not empty: without the mask each frame is denoised with them in view.
+        frame_mean (`list[float]`, *optional*): Means of the channels of the data. These four are not applied by the network, which
+            was trained on numbers of mean 0 and variance 1, but by the pipeline, whose users have units of their own.
+        frame_std (`list[float]`, *optional*): Standard deviations of the channels of the data.
+        condition_mean (`list[float]`, *optional*): Means of the channels of the condition.
+        condition_std (`list[float]`, *optional*): Standard deviations of the channels of the condition.
 
     Raises:
-        ValueError: If a setting is not a positive int.
+        ValueError: If a count is not a positive int, or a mean or deviation not one number a channel.
 
     Example:
         ```python
@@ -106,6 +114,10 @@ class RollingTransformer1DModel(ModelMixin, ConfigMixin):
         attention_head_dim: int = 32,
         mlp_ratio: int = 4,
         causal: bool = False,
+        frame_mean: list[float] | None = None,
+        frame_std: list[float] | None = None,
+        condition_mean: list[float] | None = None,
+        condition_std: list[float] | None = None,
     ) -> None:
         super().__init__()
         counts = {
@@ -118,6 +130,14 @@ class RollingTransformer1DModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"{name}={value!r} is not usable; use an int of at least {least}")
         if attention_head_dim % 2:
             raise ValueError(f"attention_head_dim={attention_head_dim} is odd; use an even number")
+        for name, statistic, channels in (
+            ("frame_mean", frame_mean, in_channels),
+            ("frame_std", frame_std, in_channels),
+            ("condition_mean", condition_mean, condition_channels),
+            ("condition_std", condition_std, condition_channels),
+        ):
+            if statistic is not None:
+                check_channel_statistic(statistic, name, channels)
         width = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(in_channels, width)
         self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -204,19 +224,7 @@ class RollingTransformer1DModel(ModelMixin, ConfigMixin):
         batch, frames = sample.shape[:2]
         if isinstance(num_context, bool) or not isinstance(num_context, int) or not 0 <= num_context <= frames:
             raise ValueError(f"num_context={num_context!r} is out of range; use an int from 0 to {frames}, the frames")
-        try:
-            times = torch.as_tensor(timestep, device=sample.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"timestep={timestep!r} is not a number or a tensor of numbers; give timesteps"
-            ) from error
-        found = tuple(times.shape)
-        times = times.reshape(-1, 1) if times.ndim < 2 else times
-        if times.ndim != 2 or times.shape[0] not in (1, batch) or times.shape[1] not in (1, frames):
-            raise ValueError(
-                f"timestep of shape {found} does not fit sample of shape {tuple(sample.shape)}; give one number, one a "
-                f"sample ({batch},) or one a frame ({batch} or 1, {frames})"
-            )
+        times = checked_times(timestep, sample)
         if condition is not None:
             shape = tuple(condition.shape) if isinstance(condition, torch.Tensor) else type(condition).__name__
             if not wanted:
@@ -230,3 +238,20 @@ class RollingTransformer1DModel(ModelMixin, ConfigMixin):
             if shape != (batch, frames) or mask.dtype != torch.bool:
                 raise ValueError(f"condition_mask={shape} does not fit; give a bool tensor of ({batch}, {frames})")
         return times
+
+
+def check_channel_statistic(value: Any, name: str, channels: int) -> None:
+    """Refuses what is not one finite number a channel, above 0 for a standard deviation.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    deviation = name.endswith("_std")
+    wanted = f"a list of {channels} finite numbers" + (" above 0" if deviation else "")
+    if not isinstance(value, (list, tuple)) or len(value) != channels:
+        found = f"of {len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
+        raise ValueError(f"{name}={found} does not fit the {channels} channels; give {wanted}")
+    for number in value:
+        usable = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+        if not usable or (deviation and number <= 0):
+            raise ValueError(f"{name} holds {number!r}; give {wanted}")

@@ -4,6 +4,8 @@ from .pipeline_guide_and_rescale import GuideAndRescalePipeline, GuideAndRescale
 from .pipeline_guide_and_rescale_sdxl import GuideAndRescaleStableDiffusionXLPipeline
 from .pipeline_mr_restoration import MRRestorationPipeline, MRRestorationPipelineOutput
 from .pipeline_rolling_ladder import RollingLadderPipeline, RollingLadderPipelineOutput
+from .similarity_filter import SimilarityFilter
+from .stream_batch import StreamBatch
 
 
 __all__ = [
@@ -14,4 +16,6 @@ __all__ = [
     "MRRestorationPipelineOutput",
     "RollingLadderPipeline",
     "RollingLadderPipelineOutput",
+    "SimilarityFilter",
+    "StreamBatch",
 ]

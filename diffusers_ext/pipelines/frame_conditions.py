@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .frame_units import ChannelUnits
+
 
 class ConditionSource:
     """Pulls the conditions of frames from an iterator, no further than asked, and checks each.
@@ -19,14 +21,22 @@ class ConditionSource:
         batch_size (`int`): Number of samples.
         width (`int`): Numbers of a condition.
         device (`torch.device`), dtype (`torch.dtype`): Where and as what they are wanted.
+        units ([`ChannelUnits`], *optional*): Those that the conditions come in.
     """
 
     def __init__(
-        self, conditions: Iterable[Any], batch_size: int, width: int, device: torch.device, dtype: torch.dtype
+        self,
+        conditions: Iterable[Any],
+        batch_size: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        units: ChannelUnits | None = None,
     ) -> None:
         self._iterator: Iterator[Any] | None = iter(conditions)
         self._batch_size, self._width = batch_size, width
         self._device, self._dtype = device, dtype
+        self._units = units or ChannelUnits()
         self.pulled = 0
         self.error: ValueError | None = None
         self._waiting: list[torch.Tensor] = []
@@ -71,6 +81,7 @@ class ConditionSource:
         shape = tuple(condition.shape)
         if shape not in ((self._width,), (self._batch_size, self._width)):
             raise _WrongCondition(f"cond yielded the shape {shape} at frame {self.pulled} instead of {wanted}")
+        condition = self._units.inward(condition)
         if not bool(torch.isfinite(condition).all()):
             raise _WrongCondition(f"cond yielded values at frame {self.pulled} that are infinite or not a number")
         # Copied: a live source may fill the same memory again.

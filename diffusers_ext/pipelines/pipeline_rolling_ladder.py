@@ -26,6 +26,7 @@ from ..integrity import CheckedLoadingMixin
 from ..schedulers.noise import check_generator
 from ..schedulers.scheduling_rolling_ladder import RollingLadderScheduler
 from .frame_conditions import ConditionSource, checked_conditions
+from .frame_units import ChannelUnits
 from .inputs import check_finite, checked_choice, checked_number, checked_steps
 
 
@@ -38,7 +39,8 @@ class RollingLadderPipelineOutput(BaseOutput):
     """What a call gives.
 
     Attributes:
-        frames (`torch.Tensor` or `np.ndarray` of shape `(batch, frames, channels)`): The sequence.
+        frames (`torch.Tensor` or `np.ndarray` of shape `(batch, frames, channels)`): The sequence; `(batch, frames, channels, height,
+            width)` of a frame adapter.
         network_evaluations (`int`): Forward passes of the network, of the whole batch each (two per pass with guidance).
     """
 
@@ -48,7 +50,7 @@ class RollingLadderPipelineOutput(BaseOutput):
 
 @dataclass
 class _Stream:
-    """The state of one stream: O(window + context), whatever its length."""
+    """The state of one stream: O(window + context), whatever its length. Context, window and condition are as the network sees them."""
 
     scheduler: RollingLadderScheduler
     source: ConditionSource | None
@@ -60,7 +62,9 @@ class _Stream:
     callback: Callable[..., dict[str, Any] | None] | None
     device: torch.device
     dtype: torch.dtype
-    channels: int
+    frame_shape: tuple[int, ...]
+    frame_units: ChannelUnits
+    condition_units: ChannelUnits
     context: torch.Tensor
     window: torch.Tensor
     # Conditions of context and window together, and whether each is known.
@@ -69,8 +73,8 @@ class _Stream:
     evaluations: int = 0
 
     def noise(self, count: int) -> torch.Tensor:
-        """`(batch, count, channels)` of noise."""
-        shape = (self.batch_size, count, self.channels)
+        """`(batch, count, *frame_shape)` of noise."""
+        shape = (self.batch_size, count, *self.frame_shape)
         if self.noise_source is None:
             return randn_tensor(shape, generator=self.generator, device=self.device, dtype=self.dtype)
         noise = self.noise_source(count)
@@ -110,7 +114,9 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
 
     Args:
         transformer ([`RollingTransformer1DModel`]): Predicts a window of frames with a time for each. Any [`ModelMixin`] with the
-            same call does, and with `in_channels` and `condition_channels` in its config.
+            same call does, and with `in_channels` and `condition_channels` in its config; so do [`WanFrameAdapter`],
+            [`LTXFrameAdapter`] and [`SkyReelsV2FrameAdapter`]. If the config has `frame_mean`, `frame_std`, `condition_mean` and
+            `condition_std`, frames and conditions go in and come out in units of these.
         scheduler ([`RollingLadderScheduler`]): With the window, ladder and context that the network was trained for.
 
     Example:
@@ -228,9 +234,10 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
                 Frames before the first; their last `context_length` are its context.
             warmup (`str`, *optional*, defaults to `"init"`):
                 `"init"` comes from pure noise, which the network must have seen in training. `"pad"` starts the window with the
-                last frame of `prefix` (zeros without it), noised to the ladder, and drops those frames: for networks that were
+                last frame of `prefix` (the mean frame without it), noised to the ladder, and drops those frames: for networks that were
                 trained on the steady roll only.
-            guidance_scale (`float`, *optional*, defaults to 1.0): Classifier-free guidance over `cond`, at least 0; 1 is none.
+            guidance_scale (`float`, *optional*, defaults to 1.0): Classifier-free guidance over `cond`, or over the prompt of a
+                frame adapter, at least 0; 1 is none.
             batch_size (`int`, *optional*): Number of sequences; by default that of a `cond` tensor, `prefix` or generators, or 1.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of noise; one a sequence if a list.
             noise_source (`Callable`, *optional*):
@@ -254,12 +261,13 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
             if getattr(self, name, None) is None:
                 raise ValueError(f"{name}=None is missing; give one when the pipeline is built")
         config = self.transformer.config
-        channels, width = config.in_channels, getattr(config, "condition_channels", 0)
+        frame_shape = getattr(self.transformer, "frame_shape", (config.in_channels,))
+        width = getattr(config, "condition_channels", 0)
         if num_frames is not None:
             checked_steps(num_frames, "num_frames")
         checked_choice(warmup, "warmup", WARMUPS)
         scale = checked_number(guidance_scale, "guidance_scale", 0.0, math.inf)
-        if scale != 1.0 and cond is None:
+        if scale != 1.0 and cond is None and not getattr(self.transformer, "has_prompt", False):
             raise ValueError(
                 f"guidance_scale={guidance_scale!r} needs a cond to guide towards; give one, or leave it at 1"
             )
@@ -271,15 +279,19 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         conditions, from_cond = (None, None) if cond is None else checked_conditions(cond, width)
         count = _batch_size(batch_size, from_cond, prefix, generator)
         check_generator(generator, count)
-        context = _checked_prefix(prefix, count, channels).to(device, dtype)
+        frame_units, condition_units = (ChannelUnits.of(config, name) for name in ("frame", "condition"))
+        context = frame_units.inward(_checked_prefix(prefix, count, frame_shape).to(device, dtype))
+        check_finite(context, "prefix", dtype)
 
         # Its own copy, so that several streams of one pipeline do not disturb each other.
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(scheduler.config.window_length if num_inference_steps is None else num_inference_steps)
-        source = None if conditions is None else ConditionSource(conditions, count, width, device, dtype)
+        source = (
+            None if conditions is None else ConditionSource(conditions, count, width, device, dtype, condition_units)
+        )
         stream = _Stream(
             scheduler, source, count, num_frames, scale, generator, noise_source, callback_on_chunk_end, device, dtype,
-            channels, context[:, :0], context[:, :0],
+            frame_shape, frame_units, condition_units, context[:, :0], context[:, :0],
         )  # fmt: skip
         if source is not None:
             stream.condition = torch.zeros(count, context.shape[1], width, device=device, dtype=dtype)
@@ -312,7 +324,7 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
                     if padding:
                         padding -= step
                     else:
-                        shown = frames if wanted is None else frames[:, : wanted - made]
+                        shown = stream.frame_units.outward(frames if wanted is None else frames[:, : wanted - made])
                         made += shown.shape[1]
                         progress_bar.update(shown.shape[1])
                         yield shown
@@ -341,9 +353,9 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
                 return
             stream.condition = torch.cat([stream.condition, first.expand(-1, length, -1)], 1)
             stream.known = torch.cat([stream.known, torch.ones(length, dtype=torch.bool)])
-        pose = prefix[:, -1:] if prefix.shape[1] else prefix.new_zeros(len(prefix), 1, stream.channels)
+        pose = prefix[:, -1:] if prefix.shape[1] else prefix.new_zeros(len(prefix), 1, *stream.frame_shape)
         times = stream.scheduler.window_timesteps[:1]
-        still = pose.expand(-1, length, -1)
+        still = pose.expand(-1, length, *stream.frame_shape)
         stream.window = stream.scheduler.add_noise(still, stream.noise(length), times)
 
     def _evaluate(self, stream: _Stream, now: torch.Tensor, following: torch.Tensor | None) -> None:
@@ -366,11 +378,15 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         sample, guided = frames.to(kind), stream.guidance_scale != 1.0
         if stream.condition is not None:
             condition = stream.condition.to(kind)
-            known = stream.known.to(stream.device).expand(len(frames), -1)
-            if guided:
-                sample, condition = sample.repeat(2, 1, 1), condition.repeat(2, 1, 1)
-                known = torch.cat([known, torch.zeros_like(known)])
-            arguments |= {"condition": condition, "condition_mask": known}
+            arguments["condition"] = torch.cat([condition, condition]) if guided else condition
+            arguments["condition_mask"] = stream.known.to(stream.device).expand(len(frames), -1)
+        if guided:
+            # without a condition the network has a prompt of its own
+            known = arguments.get(
+                "condition_mask", torch.ones(frames.shape[:2], dtype=torch.bool, device=stream.device)
+            )
+            sample = torch.cat([sample, sample])
+            arguments["condition_mask"] = torch.cat([known, torch.zeros_like(known)])
         answer = network(sample, times, **arguments)[0]
         stream.evaluations += 1
         if answer.shape != sample.shape:
@@ -387,27 +403,29 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         """Frames that are ready, after the callback has seen them."""
         if stream.callback is None:
             return frames
-        tensors = {"frames": frames}
+        units = {"frames": stream.frame_units, "condition": stream.condition_units}
+        tensors = {"frames": units["frames"].outward(frames)}
         ahead = stream.context.shape[1] + frames.shape[1]
         if stream.condition is not None:
-            tensors["condition"] = stream.condition[:, ahead:].clone()
+            tensors["condition"] = units["condition"].outward(stream.condition[:, ahead:].clone())
         changed = stream.callback(self, made, tensors) or {}
         if not isinstance(changed, dict) or not set(changed) <= set(tensors):
             raise ValueError(
                 f"callback_on_chunk_end returned {list(changed) if isinstance(changed, dict) else changed!r}; give a dict with "
                 f"some of {', '.join(tensors)}, or None"
             )
+        inside: dict[str, torch.Tensor] = {}
         for name, value in changed.items():
             if not isinstance(value, torch.Tensor) or value.shape != tensors[name].shape:
                 found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ValueError(
                     f"callback_on_chunk_end returned {name} of shape {found}; it must stay {tuple(tensors[name].shape)}"
                 )
-            check_finite(value, f"the {name} that callback_on_chunk_end returned", stream.dtype)
-        if stream.condition is not None and "condition" in changed:
-            new = changed["condition"].to(stream.device, stream.dtype)
-            stream.condition = torch.cat([stream.condition[:, :ahead], new], 1)
-        return changed.get("frames", frames).to(stream.device, stream.dtype)
+            inside[name] = units[name].inward(value.to(stream.device, stream.dtype))
+            check_finite(inside[name], f"the {name} that callback_on_chunk_end returned", stream.dtype)
+        if stream.condition is not None and "condition" in inside:
+            stream.condition = torch.cat([stream.condition[:, :ahead], inside["condition"]], 1)
+        return inside.get("frames", frames)
 
 
 def _batch_size(given: Any, from_cond: int | None, prefix: Any, generator: Any) -> int:
@@ -428,11 +446,11 @@ def _batch_size(given: Any, from_cond: int | None, prefix: Any, generator: Any) 
     return int(count)
 
 
-def _checked_prefix(prefix: Any, batch_size: int, channels: int) -> torch.Tensor:
+def _checked_prefix(prefix: Any, batch_size: int, frame_shape: tuple[int, ...]) -> torch.Tensor:
     if prefix is None:
-        return torch.zeros(batch_size, 0, channels)
-    wanted = f"a tensor of shape ({batch_size}, frames, {channels})"
-    if not isinstance(prefix, torch.Tensor) or prefix.ndim != 3 or prefix.shape[2] != channels:
+        return torch.zeros(batch_size, 0, *frame_shape)
+    wanted = f"a tensor of shape ({', '.join(map(str, (batch_size, 'frames', *frame_shape)))})"
+    if not isinstance(prefix, torch.Tensor) or prefix.ndim < 2 or tuple(prefix.shape[2:]) != tuple(frame_shape):
         found = tuple(prefix.shape) if isinstance(prefix, torch.Tensor) else type(prefix).__name__
         raise ValueError(f"prefix={found} does not fit; give {wanted}")
     if not bool(torch.isfinite(prefix).all()):

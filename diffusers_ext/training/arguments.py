@@ -140,11 +140,16 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         )
     if args.train_data_dir and not Path(args.train_data_dir).is_dir():
         parser.error(f"--train_data_dir {args.train_data_dir} does not exist; give a folder with metadata.jsonl")
-    if Path(args.output_dir).is_file():
-        parser.error(f"--output_dir {args.output_dir} is a file; give a folder")
+    check_output_dir(parser, args)
     if args.objects == ["demo"]:
         args.objects = list(DEMO_OBJECTS)
     return args
+
+
+def check_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses a file in the place of the run's folder, with one sentence and exit code 2."""
+    if Path(args.output_dir).is_file():
+        parser.error(f"--output_dir {args.output_dir} is a file; give a folder")
 
 
 def recorded(args: argparse.Namespace) -> dict[str, object]:

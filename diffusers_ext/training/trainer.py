@@ -37,7 +37,7 @@ LOG_NAME = "log.jsonl"
 _DEFINING = (
     "seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_scheduler",
     "lr_warmup_steps", "decay_fraction", "lr_end", "ema_decay", "mixed_precision", "dataset_name", "train_data_dir",
-    "objects", "vendors", "resolution",
+    "objects", "vendors", "resolution", "prediction_type", "window_length", "context_length", "ladder_curriculum",
 )  # fmt: skip
 
 Validate = Callable[[int], tuple[dict[str, float], Image.Image | None]]

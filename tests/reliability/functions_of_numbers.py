@@ -4,6 +4,7 @@ import torch
 
 from diffusers_ext.metrics import gmsd, magnitude_score, psnr, sliced_wasserstein, ssim
 from diffusers_ext.schedulers.adams_bashforth import ghvb_weights, stability_limit
+from diffusers_ext.sequence_metrics import jitter_ratio, power_spectrum, r_squared, seam_ratio, spectrum_error
 
 from .registry import INF, NAN, Argument, Function, Made
 from .values import NOT_COUNTS, NOT_NUMBERS
@@ -57,6 +58,23 @@ POINTS = Argument(
         torch.zeros(5, 3).long(),
     ],
 )
+SEQUENCES = Argument(
+    good=[_pictures(2, 40, 3), _pictures(40, 3)],
+    bad=[
+        *NOT_TENSORS,
+        torch.zeros(40),
+        torch.zeros(1, 2, 40, 3),
+        torch.zeros(0, 40, 3),
+        torch.zeros(2, 3),
+        torch.full((40, 3), NAN),
+        torch.full((40, 3), INF),
+        torch.zeros(40, 3).long(),
+    ],
+)
+RECORDINGS = Argument(
+    good=[_pictures(40, 3)], bad=[*NOT_TENSORS, torch.zeros(40, 3), torch.ones(39, 3), torch.full((40, 3), NAN)]
+)
+WINDOWS = Argument(good=[4, 8, 40], bad=[*NOT_COUNTS, 7, 42])
 ORDERS = Argument(good=[1, 2, 4, 8], bad=[*NOT_COUNTS, 9])
 DAMPINGS = Argument(good=[1.0, 0.5, 1, 0.01], bad=[*NOT_NUMBERS, 0, -0.5, 1.01, True])
 
@@ -75,6 +93,14 @@ FUNCTIONS_OF_NUMBERS: tuple[Function, ...] = (
         "projections": Argument(good=[1, 16], bad=[value for value in NOT_COUNTS if value not in (2**31, 10**30)]),
         "generator": Argument(good=[None, torch.Generator()], bad=[5, "x", [], object]),
     }),
+    Function("r_squared", r_squared, {"samples": SEQUENCES, "recording": RECORDINGS}),
+    Function("jitter_ratio", jitter_ratio, {"samples": SEQUENCES, "recording": RECORDINGS}),
+    Function("seam_ratio", seam_ratio, {
+        "samples": SEQUENCES, "chunk": Argument(good=[2, 4, 39], bad=[*NOT_COUNTS, 1, 40]),
+        "first": Argument(good=[0, 1, -3, 10**30], bad=[*NOT_NUMBERS, 0.5, True]),
+    }),
+    Function("power_spectrum", power_spectrum, {"samples": SEQUENCES, "window": WINDOWS}),
+    Function("spectrum_error", spectrum_error, {"samples": SEQUENCES, "recording": RECORDINGS, "window": WINDOWS}),
     Function("ghvb_weights", ghvb_weights, {"order": ORDERS, "damping": DAMPINGS}),
     Function("stability_limit", stability_limit, {
         "order": ORDERS, "damping": DAMPINGS,

@@ -10,6 +10,7 @@ Values of a fuzzed argument are drawn from two lists, `good` and `bad`. A value 
 from the draw's own random numbers.
 """
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,8 +247,24 @@ def train_mr_restoration(run: Path) -> list[str]:
     return [*SHORT_RUN, *own.split(), "--output_dir", str(run)]
 
 
+def save_recording(folder: Path) -> None:
+    rows = [f"{np.sin(0.3 * t)},{np.cos(0.3 * t)}" for t in range(80)]
+    (folder / "data").mkdir()
+    (folder / "data" / "walk.csv").write_text("\n".join(["leg,ankle", *rows]))
+    recordings = [{"file": "walk.csv", "train": [[0, 60]], "test": [[60, 80]]}]
+    index = {"frames": ["leg"], "condition": ["ankle"], "recordings": recordings}
+    (folder / "data" / "sequences.json").write_text(json.dumps(index))
+
+
+def train_rolling(run: Path) -> list[str]:
+    own = "--window_length 4 --context_length 2 --num_layers 1 --num_attention_heads 1 --attention_head_dim 4 --max_train_steps 12"
+    shared = SHORT_RUN[SHORT_RUN.index("--dataloader_num_workers") :]
+    return [*shared, *own.split(), "--train_data_dir", str(run.parent / "data"), "--output_dir", str(run)]
+
+
 SCRIPTS: tuple[Script, ...] = (
     Script("train_text_to_image", "training.train_text_to_image", 12, save_tiny_vae, train_text_to_image),
     Script("train_autoencoder", "training.train_autoencoder", 12, lambda folder: None, train_autoencoder),
     Script("train_mr_restoration", "training.train_mr_restoration", 12, lambda folder: None, train_mr_restoration),
+    Script("train_rolling", "training.train_rolling", 12, save_recording, train_rolling),
 )
