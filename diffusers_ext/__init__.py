@@ -14,6 +14,7 @@ from . import models, schedulers
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
+    from .attention import AttentionRefine, AttentionReplace, AttentionReweight, LocalBlend
     from .guidance import FeatureEnergy, NormRescaler, SelfAttentionEnergy
     from .inversion import InversionOutput
     from .models import LTXFrameAdapter, RollingTransformer1DModel, SkyReelsV2FrameAdapter, WanFrameAdapter
@@ -49,6 +50,9 @@ __version__ = "0.1.0"
 # classes that it finds in the namespace of the package that the component comes from.
 _LAZY = {
     "AdaptiveAdamsScheduler": "diffusers_ext.schedulers",
+    "AttentionRefine": "diffusers_ext.attention",
+    "AttentionReplace": "diffusers_ext.attention",
+    "AttentionReweight": "diffusers_ext.attention",
     "BDIADDIMInverseScheduler": "diffusers_ext.schedulers",
     "BDIADDIMScheduler": "diffusers_ext.schedulers",
     "EVODiffScheduler": "diffusers_ext.schedulers",
@@ -61,6 +65,7 @@ _LAZY = {
     "HeavyBallUniPCMultistepScheduler": "diffusers_ext.schedulers",
     "InversionOutput": "diffusers_ext.inversion",
     "LTXFrameAdapter": "diffusers_ext.models",
+    "LocalBlend": "diffusers_ext.attention",
     "MRRestorationPipeline": "diffusers_ext.pipelines",
     "MRRestorationPipelineOutput": "diffusers_ext.pipelines",
     "MRScheduler": "diffusers_ext.schedulers",
@@ -82,6 +87,9 @@ _LAZY = {
 
 __all__ = [
     "AdaptiveAdamsScheduler",
+    "AttentionRefine",
+    "AttentionReplace",
+    "AttentionReweight",
     "BDIADDIMInverseScheduler",
     "BDIADDIMScheduler",
     "EVODiffScheduler",
@@ -94,6 +102,7 @@ __all__ = [
     "HeavyBallUniPCMultistepScheduler",
     "InversionOutput",
     "LTXFrameAdapter",
+    "LocalBlend",
     "MRRestorationPipeline",
     "MRRestorationPipelineOutput",
     "MRScheduler",

@@ -25,6 +25,7 @@ from diffusers_ext.schedulers import MRScheduler
 
 from .functions_of_numbers import FUNCTIONS_OF_NUMBERS
 from .functions_of_streams import FUNCTIONS_OF_STREAMS
+from .functions_of_words import FUNCTIONS_OF_WORDS
 from .registry import INF, NAN, Argument, Function, Made, sample_picture, shared_pipeline
 from .sandbox import scratch
 from .values import LATENTS, NOT_COUNTS, NOT_NUMBERS, NOT_TEXT, PICTURES, TYPOS, picture
@@ -460,4 +461,5 @@ FUNCTIONS: tuple[Function, ...] = (
     *RESTORATION,
     *FUNCTIONS_OF_NUMBERS,
     *FUNCTIONS_OF_STREAMS,
+    *FUNCTIONS_OF_WORDS,
 )  # fmt: skip
