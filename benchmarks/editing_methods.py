@@ -162,7 +162,7 @@ def _settings() -> list[Setting]:
         Setting(NO_EDIT, "", True, Editors.reconstruction),
         Setting(UPPER_LIMIT, "", True, Editors.truth),
     ]
-    for scale in (2.0, 3.5, 5.0, 7.5):
+    for scale in (1.0, 1.5, 2.0, 3.5, 5.0, 7.5):
         rows.append(Setting(DDIM, f"scale {scale}", scale == GUIDANCE_SCALE, _guided(scale, guiders=[])))
     for strength in (0.3, 0.45, 0.6, 0.75, 0.9):
         rows.append(Setting(SDEDIT, f"strength {strength}", strength == 0.75, _redrawn(strength)))
