@@ -11,6 +11,16 @@ from typing import Any
 import torch
 
 from ..schedulers import BDIADDIMInverseScheduler, BDIADDIMScheduler
+from .ddim import DDIMLadder
+from .denoiser import (
+    Denoiser,
+    InversionCallback,
+    InversionProgress,
+    Inverted,
+    check_callback,
+    checked_float,
+    checked_start,
+)
 
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -106,3 +116,53 @@ def bdia_regenerate(predict: Predict, pair: BDIAPair) -> torch.Tensor:
     for timestep in scheduler.timesteps[1:]:
         state = scheduler.step(predict(state, timestep).to(state.dtype), timestep, state).prev_sample
     return state
+
+
+@torch.no_grad()
+def bdia_inversion(
+    denoiser: Denoiser,
+    latents: torch.Tensor,
+    ladder: DDIMLadder,
+    gamma: float = 0.96,
+    guidance_scale: float = 1.0,
+    callback: InversionCallback | None = None,
+) -> Inverted:
+    """[`bdia_invert`] in the form of the other methods: the pair is the last two states.
+
+    Args:
+        denoiser ([`Denoiser`]): The network with the source prompts.
+        latents (`torch.Tensor` of shape `(batch, channels, height, width)`): The encoded pictures.
+        ladder ([`DDIMLadder`]): Timesteps and levels, at least 2 steps.
+        gamma (`float`, *optional*, defaults to 0.96): From 0.9 to 1; see [`BDIADDIMScheduler`].
+        guidance_scale (`float`, *optional*, defaults to 1.0): Of both ways. Above 3 the states are far from noise.
+        callback (`Callable`, *optional*): Gets an [`InversionProgress`] after every step.
+
+    Returns:
+        [`Inverted`]: The states.
+
+    Raises:
+        ValueError: If arguments do not fit or values become infinite or NaN.
+        TypeError: If an argument is of a wrong type.
+    """
+    check_callback(callback)
+    guidance_scale = checked_float("guidance_scale", guidance_scale, 0.0)
+    state = checked_start(denoiser, latents, ladder)
+    steps, settings = len(ladder), dict(ladder.config)
+    if steps < 2:
+        raise ValueError(f"the ladder has {steps} step, which leaves no pair; use at least 2")
+    own = settings.pop("timesteps", None)
+    scheduler = BDIADDIMInverseScheduler.from_config(settings, gamma=gamma)
+    scheduler.set_timesteps(None if own else steps, device=state.device, timesteps=own)
+    states = [state]
+    for step, timestep in enumerate(scheduler.timesteps):
+        state = scheduler.step(denoiser.guided(state, timestep, guidance_scale), timestep, state).prev_sample
+        states.append(state)
+        if callback is not None:
+            callback(InversionProgress("inversion", step, steps, int(timestep)))
+    return Inverted(
+        "bdia",
+        torch.stack(states),
+        ladder.timesteps.flip(0),
+        {"alignment": "matched", "gamma": float(gamma), "guidance_scale": guidance_scale},
+        forward_passes=(1 if guidance_scale == 1 else 2) * steps * len(latents),
+    )

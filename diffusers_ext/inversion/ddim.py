@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from .denoiser import Denoiser, InversionCallback, InversionProgress, Inverted, check_callback, checked_start, finite
+
 
 ALIGNMENTS = ("matched", "official")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -181,6 +183,10 @@ class DDIMLadder:
                     f"knows 0 to {trained - 1}; use fewer steps"
                 )
         alpha_bars = torch.cat([scheduler.final_alpha_cumprod[None], scheduler.alphas_cumprod[chosen.flip(0)]])
+        if config["prediction_type"] == "epsilon" and alpha_bars[-1] == 0:
+            raise ValueError(
+                f"timestep {int(chosen[0])} is pure noise, which a network that predicts noise cannot undo; use a model that predicts v"
+            )
         beyond = min(int(chosen[0]) + trained // len(chosen), trained - 1)
         settings = {key: scheduler.config[key] for key in SCHEDULE_KEYS}
         if settings["trained_betas"] is not None:
@@ -234,3 +240,60 @@ def ddim_inversion_states(
         levels = ladder.inversion_levels(step, alignment)
         latents = ddim_step(predict(latents, timestep), latents, *levels, ladder.prediction_type)
         yield latents
+
+
+def sampling_factors(
+    alpha_bar: torch.Tensor, alpha_bar_next: torch.Tensor, prediction_type: str = "epsilon"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a DDIM step, which is linear in the latents and in the network's output: `z' = A z + B output`.
+
+    Args:
+        alpha_bar (`torch.Tensor`): Scalar alpha-bar before the step; above 0 for `"epsilon"`.
+        alpha_bar_next (`torch.Tensor`): Scalar alpha-bar after it.
+        prediction_type (`str`, *optional*, defaults to `"epsilon"`): As in [`ddim_step`].
+
+    Returns:
+        `tuple` of two scalar `torch.Tensor`: A and B.
+    """
+    one, none = torch.ones_like(alpha_bar), torch.zeros_like(alpha_bar)
+    return (
+        ddim_step(none, one, alpha_bar, alpha_bar_next, prediction_type),
+        ddim_step(one, none, alpha_bar, alpha_bar_next, prediction_type),
+    )
+
+
+@torch.no_grad()
+def ddim_inversion(
+    denoiser: Denoiser,
+    latents: torch.Tensor,
+    ladder: DDIMLadder,
+    alignment: str = "matched",
+    callback: InversionCallback | None = None,
+) -> Inverted:
+    """Inverts pictures by DDIM with their own prompts, without guidance: one network evaluation a step.
+
+    Args:
+        denoiser ([`Denoiser`]): The network with the source prompts.
+        latents (`torch.Tensor` of shape `(batch, channels, height, width)`): The encoded pictures.
+        ladder ([`DDIMLadder`]): Timesteps and levels.
+        alignment (`str`, *optional*, defaults to `"matched"`): `"matched"` or `"official"`, see the module's head.
+        callback (`Callable`, *optional*): Gets an [`InversionProgress`] after every step.
+
+    Returns:
+        [`Inverted`]: The states.
+
+    Raises:
+        ValueError: If arguments do not fit or values become infinite or NaN.
+        TypeError: If an argument is of a wrong type.
+    """
+    check_callback(callback)
+    start = checked_start(denoiser, latents, ladder)
+    states: list[torch.Tensor] = []
+    for state in ddim_inversion_states(denoiser.source, start, ladder, alignment):
+        finite(state, f"the latents after {len(states)} of {len(ladder)} steps of the inversion")
+        if states and callback is not None:
+            step = len(states) - 1
+            callback(InversionProgress("inversion", step, len(ladder), int(ladder.timesteps[-1 - step])))
+        states.append(state)
+    settings, passes = {"alignment": alignment}, len(ladder) * len(start)
+    return Inverted("ddim", torch.stack(states), ladder.timesteps.flip(0), settings, forward_passes=passes)

@@ -7,6 +7,7 @@ replaced in one step, and a kill between the two leaves the former inversion in 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,11 +20,17 @@ from torch import nn
 
 from ..atomic import atomic_write
 from ..manifest import DamagedFileError, first_line, read_json_object
+from .denoiser import Inverted
 
 
 CONFIG_NAME = "inversion_config.json"
 CONFIG_KEYS = ("method", "alignment", "num_inference_steps", "image_size", "scheduler", "model")
-FORMAT_VERSION = 1
+# Version 1 had latents and timesteps alone and is read as well.
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+
+# What a method may store besides the latents, and of which shape; the first axis is that of the steps.
+EXTRAS = ("null_embeddings", "noise_maps", "offsets")
 
 # Values kept of each network to recognise it by, and how far two of them may differ when the dtype does.
 PROBES = 16
@@ -41,8 +48,15 @@ class InversionOutput(BaseOutput):
             `latents[k + 1]`.
         prompt (`list[str]`): The source prompt of every picture.
         config (`dict`): `method`, `alignment`, `num_inference_steps`, `image_size` as `[height, width]`, `scheduler` and
-            `model`: plain values, as written to the file.
+            `model`, and `settings` of the method, such as its `guidance_scale`: plain values, as written to the file.
         network_evaluations (`int`): What it cost, each picture counted.
+        backward_passes (`int`): Gradients through the network, counted in the same way.
+        null_embeddings (`torch.Tensor` of shape `(steps or 1, batch, tokens, width)`, *optional*):
+            To be used in place of the empty prompt's. Entry k belongs to `timesteps[k]`, here and below.
+        noise_maps (`torch.Tensor` of shape `(steps, batch, channels, height, width)`, *optional*):
+            The noise of each stochastic step.
+        offsets (`torch.Tensor` of shape `(steps, batch, channels, height, width)`, *optional*):
+            To be added to the source branch after each step.
 
     Example:
         ```python
@@ -62,6 +76,52 @@ class InversionOutput(BaseOutput):
     prompt: list[str]
     config: dict[str, Any]
     network_evaluations: int = 0
+    backward_passes: int = 0
+    null_embeddings: torch.Tensor | None = None
+    noise_maps: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, inverted: Inverted, prompt: list[str], config: Mapping[str, Any]) -> Self:
+        """What a method found, with the prompts and the model it belongs to.
+
+        Args:
+            inverted ([`Inverted`]): What the method returned.
+            prompt (`list[str]`): The source prompt of every picture.
+            config (`dict`): `image_size`, `scheduler` and `model`; the rest is known from `inverted`.
+
+        Returns:
+            [`InversionOutput`]: To be kept.
+
+        Raises:
+            ValueError: If the parts do not fit together.
+        """
+        settings = dict(inverted.settings)
+        whole = {
+            "method": inverted.method,
+            "alignment": settings.pop("alignment", "matched"),
+            "num_inference_steps": len(inverted.timesteps),
+            **config,
+        }
+        if settings:
+            whole["settings"] = settings
+        output = cls(
+            inverted.latents, inverted.timesteps, list(prompt), whole, inverted.forward_passes, inverted.backward_passes,
+            **{name: getattr(inverted, name) for name in EXTRAS},
+        )  # fmt: skip
+        if problem := output.problem():
+            raise ValueError(f"the inversion is not whole: {problem}")
+        return output
+
+    @property
+    def inverted(self) -> Inverted:
+        """What the method found, as [`regenerate`] takes it."""
+        return Inverted(
+            self.config["method"], self.latents, self.timesteps,
+            {"alignment": self.config["alignment"], **self.config.get("settings", {})},
+            **{name: getattr(self, name) for name in EXTRAS},
+            forward_passes=self.network_evaluations, backward_passes=self.backward_passes,
+        )  # fmt: skip
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes the inversion to a folder.
@@ -80,6 +140,7 @@ class InversionOutput(BaseOutput):
             raise NotADirectoryError(f"save_directory={str(folder)!r} is a file; give a folder")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"latents": self.latents, "timesteps": self.timesteps}
+        tensors |= {name: getattr(self, name) for name in EXTRAS if getattr(self, name) is not None}
         data = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
         weights = f"inversion-{digest[:12]}.safetensors"
@@ -89,6 +150,7 @@ class InversionOutput(BaseOutput):
             "sha256": digest,
             "prompt": self.prompt,
             "network_evaluations": self.network_evaluations,
+            "backward_passes": self.backward_passes,
             **self.config,
         }
         former = _weights_named_in(folder)
@@ -118,7 +180,7 @@ class InversionOutput(BaseOutput):
             )
         content = read_json_object(path)
         missing = [key for key in ("file", "sha256", "prompt", *CONFIG_KEYS) if key not in content]
-        if missing or content.get("format_version") != FORMAT_VERSION:
+        if missing or content.get("format_version") not in READABLE_VERSIONS:
             reason = f"{missing[0]} is missing" if missing else f"format_version={content.get('format_version')!r}"
             raise DamagedFileError(f"{path} is damaged or of another version ({reason}); invert the picture again")
         weights = folder / Path(str(content["file"])).name
@@ -138,8 +200,10 @@ class InversionOutput(BaseOutput):
             latents=tensors.get("latents", torch.empty(0)),
             timesteps=tensors.get("timesteps", torch.empty(0)),
             prompt=content["prompt"],
-            config={key: content[key] for key in CONFIG_KEYS},
+            config={key: content[key] for key in (*CONFIG_KEYS, "settings") if key in content},
             network_evaluations=content.get("network_evaluations", 0),
+            backward_passes=content.get("backward_passes", 0),
+            **{name: tensors.get(name) for name in EXTRAS},
         )
         if problem := output.problem():
             raise DamagedFileError(
@@ -174,14 +238,43 @@ class InversionOutput(BaseOutput):
             return f"there are {len(self.prompt)} prompts for {self.latents.shape[1]} pictures"
         if not bool(torch.isfinite(self.latents).all()):
             return "latents holds values that are not finite"
+        for name in ("network_evaluations", "backward_passes"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                return f"{name}={getattr(self, name)!r} is not a number of passes"
+        if not isinstance(self.config.get("settings", {}), dict):
+            return "settings in config is not a dict"
+        return self._problem_of_extras(len(self.timesteps))
+
+    def _problem_of_extras(self, steps: int) -> str | None:
+        batch = self.latents.shape[1]
+        for name in EXTRAS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, torch.Tensor):
+                return f"{name} is not a tensor"
+            if name == "null_embeddings":
+                fits = value.ndim == 4 and value.shape[0] in (1, steps) and value.shape[1] == batch
+            else:
+                fits = value.shape == (steps, *self.latents.shape[1:])
+            if not fits:
+                return f"{name} of shape {tuple(value.shape)} does not belong to {steps} steps of {batch} pictures"
+            if not bool(torch.isfinite(value).all()):
+                return f"{name} holds values that are not finite"
+        for method, name in (("null_text", "null_embeddings"), ("edit_friendly", "noise_maps")):
+            if self.config["method"] == method and getattr(self, name) is None:
+                return f"method={method!r} has {name}, which are missing"
         return None
 
-    def check_fits(self, config: dict[str, Any], prompt: list[str] | None) -> None:
+    def check_fits(
+        self, config: dict[str, Any], prompt: list[str] | None, guidance_scale: float | None = None
+    ) -> None:
         """Checks that the inversion can be used where `config` holds.
 
         Args:
             config (`dict`): What an inversion made there would have; `image_size` is not compared.
             prompt (`list[str]`, *optional*): The source prompt given there.
+            guidance_scale (`float`, *optional*): That of the sampling, to be compared where the inversion was made for one.
 
         Raises:
             ValueError: If not; the message says what differs.
@@ -205,6 +298,12 @@ class InversionOutput(BaseOutput):
             raise ValueError(f"inversion was made with another model: its {component} differs; invert again")
         if prompt is not None and prompt != self.prompt:
             raise ValueError(f"inversion was made for source_prompt={self.prompt!r}, the call has {prompt!r}")
+        own = self.config.get("settings", {}).get("guidance_scale")
+        if None not in (own, guidance_scale) and own != guidance_scale:
+            raise ValueError(
+                f"inversion was made for guidance_scale={own!r}, the call has {guidance_scale!r}; use the same value, or "
+                "invert again"
+            )
 
 
 def model_fingerprint(components: dict[str, nn.Module]) -> dict[str, Any]:

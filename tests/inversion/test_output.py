@@ -171,3 +171,61 @@ def test_a_model_is_recognised_by_its_weights_and_in_another_precision():
 def test_what_is_wrong_in_itself_is_said(change, answer):
     with pytest.raises(ValueError, match=answer):
         inversion(**change).check_fits(CONFIG, None)
+
+
+def extras(**changes: Any) -> InversionOutput:
+    fields = {
+        "null_embeddings": torch.randn(3, 2, 5, 8),
+        "noise_maps": torch.randn(3, 2, 4, 8, 8),
+        "offsets": torch.zeros(3, 2, 4, 8, 8),
+        "backward_passes": 4,
+        "config": {**copy.deepcopy(CONFIG), "method": "null_text", "settings": {"guidance_scale": 7.5}},
+    }
+    return inversion(**{**fields, **changes})
+
+
+def test_what_a_method_stores_comes_back_with_its_settings(tmp_path):
+    saved = extras()
+    saved.save_pretrained(tmp_path)
+    loaded = InversionOutput.from_pretrained(tmp_path)
+    for name in ("null_embeddings", "noise_maps", "offsets"):
+        assert torch.equal(getattr(loaded, name), getattr(saved, name))
+    assert loaded.backward_passes == 4 and loaded.inverted.settings == {"alignment": "matched", "guidance_scale": 7.5}
+    loaded.check_fits(CONFIG, ["a", ""], guidance_scale=7.5)
+    with pytest.raises(ValueError, match="made for guidance_scale=7.5, the call has 3.0; use the same value"):
+        loaded.check_fits(CONFIG, None, guidance_scale=3.0)
+    inversion().check_fits(CONFIG, None, guidance_scale=3.0)
+
+
+def test_a_file_of_the_first_format_is_still_read(tmp_path):
+    inversion().save_pretrained(tmp_path)
+    path = tmp_path / "inversion_config.json"
+    content = json.loads(path.read_text())
+    del content["backward_passes"]
+    path.write_text(json.dumps({**content, "format_version": 1}))
+    loaded = InversionOutput.from_pretrained(tmp_path)
+    assert torch.equal(loaded.latents, inversion().latents) and loaded.null_embeddings is None
+    path.write_text(json.dumps({**content, "format_version": 3}))
+    with pytest.raises(DamagedFileError, match=r"of another version \(format_version=3\)"):
+        InversionOutput.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, answer",
+    [
+        (
+            {"null_embeddings": torch.zeros(2, 2, 5, 8)},
+            r"null_embeddings of shape \(2, 2, 5, 8\) does not belong to 3 steps",
+        ),
+        ({"null_embeddings": torch.zeros(3, 1, 5, 8)}, "does not belong to 3 steps of 2 pictures"),
+        ({"null_embeddings": None}, "method='null_text' has null_embeddings, which are missing"),
+        ({"noise_maps": torch.zeros(3, 2, 4, 8, 7)}, "noise_maps of shape"),
+        ({"offsets": torch.full((3, 2, 4, 8, 8), float("inf"))}, "offsets holds values that are not finite"),
+        ({"offsets": "x"}, "offsets is not a tensor"),
+        ({"backward_passes": -1}, "backward_passes=-1 is not a number of passes"),
+        ({"config": {**CONFIG, "settings": 5}}, "settings in config is not a dict"),
+    ],
+)
+def test_what_is_wrong_with_the_extras_is_said(change, answer, tmp_path):
+    with pytest.raises(ValueError, match=answer):
+        extras(**change).check_fits(CONFIG, None)

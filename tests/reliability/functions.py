@@ -23,6 +23,7 @@ from diffusers_ext.integrity import atomic_folder, atomic_write, check_weights
 from diffusers_ext.inversion import DDIMLadder
 from diffusers_ext.schedulers import MRScheduler
 
+from .functions_of_inversion import FUNCTIONS_OF_INVERSION
 from .functions_of_numbers import FUNCTIONS_OF_NUMBERS
 from .functions_of_streams import FUNCTIONS_OF_STREAMS
 from .functions_of_words import FUNCTIONS_OF_WORDS
@@ -459,6 +460,7 @@ FUNCTIONS: tuple[Function, ...] = (
         "modules": Argument(good=[{}, {"a": torch.nn.Linear(2, 2)}], bad=[]),
     }),
     *RESTORATION,
+    *FUNCTIONS_OF_INVERSION,
     *FUNCTIONS_OF_NUMBERS,
     *FUNCTIONS_OF_STREAMS,
     *FUNCTIONS_OF_WORDS,
