@@ -98,6 +98,14 @@ def _high_water_mark() -> int:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
+def read_result(name: str) -> dict[str, Any]:
+    """What `write_result` wrote of a benchmark, to go on from; empty where there is nothing yet."""
+    path = RESULTS / f"{name}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    result.pop("environment", None)
+    return result
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Writes `benchmarks/results/<name>.json` with the versions that the figures belong to."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, ROOT, timed, write_result
+from common import ROOT, read_result, timed, write_result
 from page import write_between
 from wiener import chosen
 
@@ -184,9 +184,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = SequenceFolder(args.data)
-    file = RESULTS / "motion.json"
-    result = json.loads(file.read_text()) if file.exists() else {}
-    result.pop("environment", None)
+    result = read_result("motion")
     runs = {"quality": lambda: quality(args.model, data), "speed": lambda: speed(args.model, data)}
     for name, run in runs.items():
         if name in args.parts:

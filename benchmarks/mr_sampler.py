@@ -13,7 +13,6 @@ steps from a subset of the timesteps). PSNR, SSIM and GMSD (a perceptual distanc
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ from diffusers import DPMSolverMultistepScheduler
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import RESULTS, summary, write_result  # noqa: E402
+from common import read_result, summary, write_result  # noqa: E402
 from mr_sampler_page import write_page  # noqa: E402
 
 from diffusers_ext import MRRestorationPipeline  # noqa: E402
@@ -188,8 +187,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    path = RESULTS / "mr_sampler.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    result = read_result("mr_sampler")
     if args.fresh:
         result.pop("quality", None)
     result["settings"] = {

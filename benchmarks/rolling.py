@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, peak_memory, timed, write_result
+from common import peak_memory, read_result, timed, write_result
 from page import write_between
 
 
@@ -193,9 +193,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=100_000, help="length of the stream whose memory is measured")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    file = RESULTS / "rolling.json"
-    result = json.loads(file.read_text()) if file.exists() else {}
-    result.pop("environment", None)
+    result = read_result("rolling")
     runs = {
         "quality": quality, "acceleration": acceleration, "context": contexts, "speed": speed,
         "memory": lambda: memory(args.frames),

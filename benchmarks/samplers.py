@@ -12,7 +12,6 @@ and seeds were fixed before anything was drawn (`sampler_field.py`); all that ra
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -28,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import MODEL, RESULTS, write_result  # noqa: E402
+from common import MODEL, read_result, write_result  # noqa: E402
 from sampler_field import MULTISTEP, TABLE, Noise, Run, Sampler, field_of, walk  # noqa: E402
 from sampler_page import write_page  # noqa: E402
 
@@ -80,12 +79,10 @@ def figures(errors: torch.Tensor, run: Run) -> dict[str, Any]:
 
 
 def stored() -> dict[str, Any]:
-    path = RESULTS / "samplers.json"
-    return json.loads(path.read_text()) if path.is_file() else {"problems": {}}
+    return read_result("samplers") or {"problems": {}}
 
 
 def keep(result: dict[str, Any]) -> None:
-    result.pop("environment", None)
     write_result("samplers", result)
 
 

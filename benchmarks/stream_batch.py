@@ -18,7 +18,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from common import MODEL, RESULTS, ROOT, load_judge, right, share, summary, timed, write_result
+from common import MODEL, ROOT, load_judge, read_result, right, share, summary, timed, write_result
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from page import write_between
 
@@ -299,9 +299,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    stored = RESULTS / "stream_batch.json"
-    result = json.loads(stored.read_text()) if stored.is_file() else {}
-    result.pop("environment", None)
+    result = read_result("stream_batch")
     result["settings"] = {"num_inference_steps": STEPS, "strength": STRENGTH, "full_guidance_scale": FULL_SCALE}
     runs = {
         "speed": lambda: speed(pipe, args.rounds, args.pictures),

@@ -4,8 +4,10 @@ Exact Diffusion Inversion via Bi-directional Integration Approximation, ECCV 202
 of `diffusers_ext.schedulers.scheduling_bdia_ddim`. An edit is a way back with another prompt.
 """
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from .denoiser import (
     check_callback,
     checked_float,
     checked_start,
+    guided_passes,
 )
 
 
@@ -84,11 +87,9 @@ def bdia_invert(
         raise TypeError(f"latents is {type(latents).__name__}; give a tensor of floats")
     if num_inference_steps == 1:
         raise ValueError("num_inference_steps=1 leaves no pair; use at least 2")
-    scheduler = BDIADDIMInverseScheduler.from_config(config, gamma=gamma)
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    scheduler = _laid(BDIADDIMInverseScheduler, config, num_inference_steps, latents, gamma=gamma)
     state = latents if latents.dtype == torch.float64 else latents.float()
-    for timestep in scheduler.timesteps:
-        state = scheduler.step(predict(state, timestep).to(state.dtype), timestep, state).prev_sample
+    deque(_walked(predict, scheduler, state), maxlen=0)
     noisiest, next_noisiest = scheduler.pair
     return BDIAPair(noisiest, next_noisiest, dict(scheduler.config), num_inference_steps)
 
@@ -108,14 +109,33 @@ def bdia_regenerate(predict: Predict, pair: BDIAPair) -> torch.Tensor:
     Raises:
         ValueError: If a state is not finite.
     """
+    return deque(bdia_states(predict, pair), maxlen=1).pop()
+
+
+def bdia_states(predict: Predict, pair: BDIAPair) -> Iterator[torch.Tensor]:
+    """The states of [`bdia_regenerate`] one by one, the pair first; arguments as there."""
     settings = {key: value for key, value in pair.config.items() if not key.startswith("_")}
-    scheduler = BDIADDIMScheduler.from_config(settings)
-    scheduler.set_timesteps(pair.num_inference_steps, device=pair.noisiest.device)
+    scheduler = _laid(BDIADDIMScheduler, settings, pair.num_inference_steps, pair.noisiest)
     scheduler.set_initial_pair(pair.noisiest, pair.next_noisiest)
-    state = pair.next_noisiest
-    for timestep in scheduler.timesteps[1:]:
+    yield pair.noisiest
+    yield pair.next_noisiest
+    yield from _walked(predict, scheduler, pair.next_noisiest, first=1)
+
+
+def _laid(kind: Any, config: Mapping[str, Any], steps: int, like: torch.Tensor, **given: Any) -> Any:
+    """A scheduler with its steps laid; a ladder's config may name timesteps of its own."""
+    settings = dict(config)
+    own = settings.pop("timesteps", None)
+    scheduler = kind.from_config(settings, **given)
+    scheduler.set_timesteps(None if own else steps, device=like.device, timesteps=own)
+    return scheduler
+
+
+def _walked(predict: Predict, scheduler: Any, state: torch.Tensor, first: int = 0) -> Iterator[torch.Tensor]:
+    """The states after each step from `first` on."""
+    for timestep in scheduler.timesteps[first:]:
         state = scheduler.step(predict(state, timestep).to(state.dtype), timestep, state).prev_sample
-    return state
+        yield state
 
 
 @torch.no_grad()
@@ -147,22 +167,20 @@ def bdia_inversion(
     check_callback(callback)
     guidance_scale = checked_float("guidance_scale", guidance_scale, 0.0)
     state = checked_start(denoiser, latents, ladder)
-    steps, settings = len(ladder), dict(ladder.config)
+    steps = len(ladder)
     if steps < 2:
         raise ValueError(f"the ladder has {steps} step, which leaves no pair; use at least 2")
-    own = settings.pop("timesteps", None)
-    scheduler = BDIADDIMInverseScheduler.from_config(settings, gamma=gamma)
-    scheduler.set_timesteps(None if own else steps, device=state.device, timesteps=own)
+    scheduler = _laid(BDIADDIMInverseScheduler, ladder.config, steps, state, gamma=gamma)
+    predict = partial(denoiser.guided, guidance_scale=guidance_scale)
     states = [state]
-    for step, timestep in enumerate(scheduler.timesteps):
-        state = scheduler.step(denoiser.guided(state, timestep, guidance_scale), timestep, state).prev_sample
-        states.append(state)
+    for step, following in enumerate(_walked(predict, scheduler, state)):
+        states.append(following)
         if callback is not None:
-            callback(InversionProgress("inversion", step, steps, int(timestep)))
+            callback(InversionProgress("inversion", step, steps, int(scheduler.timesteps[step])))
     return Inverted(
         "bdia",
         torch.stack(states),
         ladder.timesteps.flip(0),
         {"alignment": "matched", "gamma": float(gamma), "guidance_scale": guidance_scale},
-        forward_passes=(1 if guidance_scale == 1 else 2) * steps * len(latents),
+        forward_passes=guided_passes(guidance_scale) * steps * len(latents),
     )

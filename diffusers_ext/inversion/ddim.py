@@ -71,6 +71,25 @@ def v_from_epsilon(epsilon: torch.Tensor, sample: torch.Tensor, alpha_bar: torch
     return (epsilon - ((1 - alpha_bar) ** 0.5) * sample) / (alpha_bar**0.5)
 
 
+def clean_and_epsilon(
+    model_output: torch.Tensor, sample: torch.Tensor, alpha_bar: torch.Tensor, prediction_type: str = "epsilon"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clean latents and the noise that a network's output stands for; arguments as of [`ddim_step`].
+
+    Raises:
+        ValueError: If `prediction_type` is neither `"epsilon"` nor `"v_prediction"`.
+    """
+    if prediction_type == "epsilon":
+        clean = (sample - (1 - alpha_bar) ** 0.5 * model_output) / alpha_bar**0.5
+        epsilon = model_output
+    elif prediction_type == "v_prediction":
+        clean = (alpha_bar**0.5) * sample - ((1 - alpha_bar) ** 0.5) * model_output
+        epsilon = epsilon_from_v(model_output, sample, alpha_bar)
+    else:
+        raise ValueError(f"prediction_type={prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+    return clean, epsilon
+
+
 def ddim_step(
     model_output: torch.Tensor,
     sample: torch.Tensor,
@@ -104,14 +123,7 @@ def ddim_step(
         assert torch.allclose(ddim_step(eps, ddim_step(eps, z, a, b), b, a), z, atol=1e-5)
         ```
     """
-    if prediction_type == "epsilon":
-        clean = (sample - (1 - alpha_bar) ** 0.5 * model_output) / alpha_bar**0.5
-        epsilon = model_output
-    elif prediction_type == "v_prediction":
-        clean = (alpha_bar**0.5) * sample - ((1 - alpha_bar) ** 0.5) * model_output
-        epsilon = epsilon_from_v(model_output, sample, alpha_bar)
-    else:
-        raise ValueError(f"prediction_type={prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}")
+    clean, epsilon = clean_and_epsilon(model_output, sample, alpha_bar, prediction_type)
     return alpha_bar_next**0.5 * clean + (1 - alpha_bar_next) ** 0.5 * epsilon
 
 

@@ -99,7 +99,7 @@ class Denoiser:
     ) -> torch.Tensor:
         """Output with guidance; at a scale of 1 that of the source prompts alone, which costs one pass instead of two."""
         source = self.source(latents, timestep)
-        if guidance_scale == 1:
+        if guided_passes(guidance_scale) == 1:
             return source
         return with_guidance(self.null(latents, timestep, embeddings), source, guidance_scale)
 
@@ -215,6 +215,11 @@ def with_guidance(null: torch.Tensor, source: torch.Tensor, guidance_scale: floa
         `torch.Tensor`: The guided output.
     """
     return null + guidance_scale * (source - null)
+
+
+def guided_passes(guidance_scale: float) -> int:
+    """Passes of [`Denoiser.guided`] for one picture: without guidance the empty prompt is not asked."""
+    return 1 if guidance_scale == 1 else 2
 
 
 def checked_start(denoiser: Denoiser, latents: torch.Tensor, ladder: Any) -> torch.Tensor:

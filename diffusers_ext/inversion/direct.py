@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from .ddim import DDIMLadder, ddim_inversion, ddim_step
-from .denoiser import Denoiser, InversionCallback, InversionProgress, Inverted, checked_float, finite
+from .denoiser import Denoiser, InversionCallback, InversionProgress, Inverted, checked_float, finite, guided_passes
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def direct_inversion(
         offsets.append(finite(wanted - found, f"the offset at timestep {int(timestep)}"))
         if callback is not None:
             callback(InversionProgress("source", step, steps, int(timestep)))
-    passes = (1 if guidance_scale == 1 else 2) * steps * len(denoiser)
+    passes = guided_passes(guidance_scale) * steps * len(denoiser)
     return replace(
         inverted,
         settings={**inverted.settings, "guidance_scale": guidance_scale},

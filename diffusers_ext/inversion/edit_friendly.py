@@ -17,7 +17,7 @@ the noise of the last step to zero; `last_noise=False` does that, at the price o
 import torch
 
 from ..schedulers.noise import Generators, check_tensor, drawn_noise
-from .ddim import DDIMLadder, epsilon_from_v
+from .ddim import DDIMLadder, clean_and_epsilon
 from .denoiser import (
     Denoiser,
     InversionCallback,
@@ -27,6 +27,7 @@ from .denoiser import (
     checked_float,
     checked_start,
     finite,
+    guided_passes,
 )
 
 
@@ -118,7 +119,7 @@ def edit_friendly_inversion(
         ladder.timesteps.flip(0),
         {"alignment": "matched", "guidance_scale": guidance_scale, "eta": eta},
         noise_maps=torch.stack(maps),
-        forward_passes=(1 if guidance_scale == 1 else 2) * steps * len(start),
+        forward_passes=guided_passes(guidance_scale) * steps * len(start),
     )
 
 
@@ -144,12 +145,7 @@ def stochastic_step(
         `tuple` of two `torch.Tensor`: The mean, and s as a scalar: 1 where it would be 0, so that a stored difference is added
             as it is.
     """
-    if prediction_type == "v_prediction":
-        clean = alpha_bar**0.5 * sample - (1 - alpha_bar) ** 0.5 * model_output
-        epsilon = epsilon_from_v(model_output, sample, alpha_bar)
-    else:
-        clean = (sample - (1 - alpha_bar) ** 0.5 * model_output) / alpha_bar**0.5
-        epsilon = model_output
+    clean, epsilon = clean_and_epsilon(model_output, sample, alpha_bar, prediction_type)
     variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
     spread = eta * variance**0.5
     mean = alpha_bar_next**0.5 * clean + (1 - alpha_bar_next - spread**2).clamp(min=0) ** 0.5 * epsilon

@@ -9,7 +9,7 @@ import torch
 
 from .bdia import bdia_inversion
 from .ddim import DDIMLadder, ddim_inversion
-from .denoiser import Denoiser, Inverted
+from .denoiser import Denoiser, Inverted, guided_passes
 from .direct import direct_inversion
 from .edit_friendly import edit_friendly_inversion
 from .fixed_point import fixed_point_inversion
@@ -54,15 +54,15 @@ def _null_text(steps: int, schedule: str = "fast", inner_steps: int | None = Non
 
 
 def _direct(steps: int, guidance_scale: float | None = 7.5, **settings: Any) -> tuple[int, int]:
-    return steps * (1 if guidance_scale is None else 2 if guidance_scale == 1 else 3), 0
+    return steps * (1 if guidance_scale is None else 1 + guided_passes(guidance_scale)), 0
 
 
 def _edit_friendly(steps: int, guidance_scale: float = 3.5, **settings: Any) -> tuple[int, int]:
-    return steps * (1 if guidance_scale == 1 else 2), 0
+    return steps * guided_passes(guidance_scale), 0
 
 
 def _bdia(steps: int, guidance_scale: float = 1.0, **settings: Any) -> tuple[int, int]:
-    return steps * (1 if guidance_scale == 1 else 2), 0
+    return steps * guided_passes(guidance_scale), 0
 
 
 INVERSIONS: dict[str, InversionMethod] = {

@@ -2,11 +2,11 @@
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import torch
 
-from ..schedulers import BDIADDIMScheduler
+from .bdia import BDIAPair, bdia_states
 from .ddim import DDIMLadder, ddim_step
 from .denoiser import Denoiser, Inverted, checked_count, checked_float, finite
 from .edit_friendly import stochastic_step
@@ -76,7 +76,9 @@ def regenerate_states(
     if inverted.method == "bdia":
         if skip:
             raise ValueError(f"skip={skip} is not possible after bdia, which starts from a pair; use 0")
-        return _checked(_exact(denoiser, inverted, ladder, scale), len(ladder))
+        settings = {**ladder.config, "gamma": inverted.settings["gamma"]}
+        pair = BDIAPair(inverted.latents[-1], inverted.latents[-2], settings, len(ladder))
+        return _checked(bdia_states(partial(denoiser.guided, guidance_scale=scale), pair), len(ladder))
     return _checked(_sampled(denoiser, inverted, ladder, scale, source, skip), len(ladder) - skip)
 
 
@@ -114,18 +116,4 @@ def _sampled(
                 state = mean + spread * inverted.noise_maps[k]
             if source and inverted.offsets is not None:
                 state = state + inverted.offsets[k]
-        yield state
-
-
-def _exact(denoiser: Denoiser, inverted: Inverted, ladder: DDIMLadder, scale: float) -> Iterator[torch.Tensor]:
-    settings: dict[str, Any] = {**ladder.config, "gamma": inverted.settings["gamma"]}
-    own = settings.pop("timesteps", None)
-    scheduler = BDIADDIMScheduler.from_config(settings)
-    scheduler.set_timesteps(None if own else len(ladder), device=inverted.latents.device, timesteps=own)
-    scheduler.set_initial_pair(inverted.latents[-1], inverted.latents[-2])
-    yield inverted.latents[-1]
-    state = inverted.latents[-2]
-    yield state
-    for timestep in scheduler.timesteps[1:]:
-        state = scheduler.step(denoiser.guided(state, timestep, scale), timestep, state).prev_sample
         yield state

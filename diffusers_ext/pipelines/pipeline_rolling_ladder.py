@@ -84,16 +84,14 @@ class _Stream:
         check_finite(noise, "what noise_source returned", self.dtype)
         return noise.to(self.device, self.dtype)
 
-    def enter(self, count: int) -> int:
-        """Puts up to `count` frames of noise, and their conditions, behind the window; the number of them."""
+    def entering(self, count: int) -> torch.Tensor | None:
+        """Up to `count` frames of noise, whose conditions are taken up; None where there is none to come."""
         if self.source is not None and self.condition is not None:
             pulled = self.source.pull(count)
             count = pulled.shape[1]
             self.condition = torch.cat([self.condition, pulled], 1)
             self.known = torch.cat([self.known, torch.ones(count, dtype=torch.bool)])
-        if count:
-            self.window = torch.cat([self.window, self.noise(count)], 1)
-        return count
+        return self.noise(count) if count else None
 
     def remember(self, frames: torch.Tensor) -> None:
         """Makes emitted frames context, and forgets what is too long ago."""
@@ -310,7 +308,8 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
                 if warmup == "pad":
                     padding = window
                     self._pad(stream, prefix)
-                elif stream.enter(window):
+                elif (noise := stream.entering(window)) is not None:
+                    stream.window = noise
                     rows = torch.cat([scheduler.warmup_timesteps, scheduler.window_timesteps[:1]])
                     for now, following in zip(rows, rows[1:], strict=False):
                         self._evaluate(stream, now, following)
@@ -330,10 +329,7 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
                         yield shown
                         if made == wanted:
                             return
-                    before = stream.window
-                    entered = stream.enter(step)
-                    new = stream.window[:, before.shape[1] :] if entered else None
-                    _, stream.window = scheduler.roll(before, new)
+                    _, stream.window = scheduler.roll(stream.window, stream.entering(step))
             if stream.source is not None and stream.source.error is not None:
                 raise stream.source.error
             if wanted is not None and made < wanted:

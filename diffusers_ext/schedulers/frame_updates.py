@@ -4,7 +4,6 @@ The formulas are those at the head of `scheduling_rolling_ladder.py`. Levels and
 (batch or 1, frames or 1).
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +100,3 @@ def shown(values: Any) -> str:
         values = values.tolist()
     text = repr(values)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def check_finite(values: torch.Tensor, message: str) -> None:
-    """Raises a `ValueError` with a message unless all values are finite."""
-    # A sum may overflow where its terms do not, so it is only grounds for suspicion.
-    if not math.isfinite(float(values.sum(dtype=torch.float32))) and not bool(torch.isfinite(values).all()):
-        raise ValueError(message)

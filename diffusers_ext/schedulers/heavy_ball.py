@@ -21,14 +21,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .adams_bashforth import check_damping
 from .exponential_weights import alpha_and_sigma, conversion, transfer
+from .flow_config import is_flow_config, translated_flow_config
 from .multistep import (
     PREDICTION_TYPES,
     check_inputs,
     check_result,
     check_states,
     check_steps,
-    is_flow_config,
-    translated_flow_config,
 )
 
 

@@ -3,41 +3,17 @@
 The equations are at the top of `mean_reverting.py`.
 """
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import mean_reverting as process_of
+from .checks import check_choice, check_number
 from .multistep import check_steps_trained
 from .noise import Generators, check_same, check_tensor, drawn_noise
 
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
-
-def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    """A finite number strictly between two bounds.
-
-    Raises:
-        ValueError: If it is not one.
-    """
-    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not sound or not low < value < high:
-        wanted = f"above {low:g}" + ("" if math.isinf(high) else f" and below {high:g}")
-        raise ValueError(f"{name}={value!r} is out of range; give a number {wanted}")
-    return float(value)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises unless `value` is one of `choices`.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
 
 
 class MeanRevertingMixin:

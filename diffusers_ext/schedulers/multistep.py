@@ -16,6 +16,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
 
 from . import sigma_grids as grids
+from .checks import is_finite
+from .flow_config import FlowConfigMixin
 from .step_counter import StepCounterMixin
 
 
@@ -85,7 +87,7 @@ def check_result(result: torch.Tensor, step: int, timestep: Any) -> None:
     Raises:
         ValueError: If a value of `result` is not finite; it names the step.
     """
-    if not math.isfinite(result.sum(dtype=torch.float32).item()) and not bool(torch.isfinite(result).all()):
+    if not is_finite(result):
         raise ValueError(
             f"sample overflows {result.dtype} at step {step} (timestep {float(timestep):g}); use float32, fewer steps or less "
             "guidance, and call set_timesteps to start again"
@@ -95,25 +97,6 @@ def check_result(result: torch.Tensor, step: int, timestep: Any) -> None:
 def as_numbers(value: torch.Tensor) -> np.ndarray:
     """A small tensor as float64 numbers of this process."""
     return value.detach().to("cpu", torch.float64).numpy()
-
-
-def is_flow_config(config: Any) -> bool:
-    """Whether a config is one of the flow-matching schedulers of diffusers, which do not say so themselves."""
-    return hasattr(config, "get") and "shift" in config and "beta_schedule" not in config
-
-
-def translated_flow_config(config: Any) -> dict[str, Any]:
-    """Settings of ours that say what the config of a flow-matching scheduler of diffusers means.
-
-    Raises:
-        ValueError: If it asks for something that has no counterpart here.
-    """
-    for name in ("invert_sigmas", "stochastic_sampling"):
-        if config.get(name):
-            raise ValueError(
-                f"{name}=True of this flow-matching scheduler has no counterpart here; use one of diffusers"
-            )
-    return {"prediction_type": "flow_prediction", "flow_shift": config.get("shift", 1.0)}
 
 
 @dataclass(frozen=True)
@@ -127,7 +110,7 @@ class Levels:
     next_alpha: float
 
 
-class MultistepScheduler(StepCounterMixin, SchedulerMixin, ConfigMixin):
+class MultistepScheduler(FlowConfigMixin, StepCounterMixin, SchedulerMixin, ConfigMixin):
     """Base of schedulers that follow dX/ds = slope from node to node. Defines no constructor: the config is the subclass's.
 
     A subclass registers the arguments that `_set_up` reads, and defines `_advance`, which makes the next sample and remembers what
@@ -137,22 +120,6 @@ class MultistepScheduler(StepCounterMixin, SchedulerMixin, ConfigMixin):
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
     init_noise_sigma = 1.0
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; the config of a flow-matching scheduler is understood as well.
-
-        Args:
-            config (`dict`): A config, for example `pipe.scheduler.config`.
-            return_unused_kwargs (`bool`, *optional*, defaults to `False`): Whether to return the arguments left over too.
-            **kwargs: Settings that replace those of the config.
-
-        Returns:
-            The scheduler, or a pair of it and the unused arguments.
-        """
-        if is_flow_config(config):
-            kwargs = translated_flow_config(config) | kwargs
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     # -- the schedule ----------------------------------------------------------------------------------------------
 

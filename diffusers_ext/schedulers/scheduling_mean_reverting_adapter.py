@@ -15,8 +15,9 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .checks import check_choice
 from .mean_reverting import TableProcess
-from .mean_reverting_mixin import PREDICTION_TYPES, MeanRevertingMixin, check_choice
+from .mean_reverting_mixin import PREDICTION_TYPES, MeanRevertingMixin
 from .multistep import check_inputs, check_result, check_states, check_steps
 from .noise import Generators, given_noise
 from .scheduling_mr import MRSchedulerOutput

@@ -19,7 +19,8 @@ from diffusers.utils import BaseOutput, logging
 
 from . import mean_reverting as process_of
 from . import mean_reverting_solvers as solvers
-from .mean_reverting_mixin import MeanRevertingMixin, check_choice, check_number
+from .checks import check_choice, check_number
+from .mean_reverting_mixin import MeanRevertingMixin
 from .multistep import check_inputs, check_result, check_states, check_steps
 from .noise import Generators, given_noise
 from .step_counter import StepCounterMixin

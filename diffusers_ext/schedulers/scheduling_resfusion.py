@@ -17,7 +17,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .mean_reverting_mixin import check_choice
+from .checks import check_choice
 from .multistep import check_inputs, check_result, check_states, check_steps_trained
 from .noise import Generators, check_same, check_tensor, given_noise
 from .scheduling_mr import MRSchedulerOutput

@@ -23,10 +23,11 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 
 from . import sigma_grids as grids
+from .checks import check_choice, is_finite
+from .flow_config import FlowConfigMixin
 from .frame_process import FrameProcessMixin
 from .frame_updates import (
     FrameHistory,
-    check_finite,
     numbers,
     shown,
     update_coefficients,
@@ -47,8 +48,6 @@ from .multistep import (
     check_states,
     check_steps,
     check_steps_trained,
-    is_flow_config,
-    translated_flow_config,
 )
 from .noise import drawn_noise
 
@@ -74,7 +73,7 @@ class RollingLadderSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-class RollingLadderScheduler(FrameProcessMixin, SchedulerMixin, ConfigMixin):
+class RollingLadderScheduler(FlowConfigMixin, FrameProcessMixin, SchedulerMixin, ConfigMixin):
     """A scheduler whose frames have times of their own, `(batch, frames)`, laid out as a rolling ladder.
 
     Timesteps are those of the model: whole numbers from 0 to `num_train_timesteps - 1`, with -1 for data; or, for flow models,
@@ -149,9 +148,8 @@ class RollingLadderScheduler(FrameProcessMixin, SchedulerMixin, ConfigMixin):
         frame_dim: int = 1,
     ) -> None:
         check_steps_trained(num_train_timesteps)
-        for name, value, choices in (("prediction_type", prediction_type, PREDICTION_TYPES), ("base", base, BASES)):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(choices)}")
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("base", base, BASES)
         is_flow = prediction_type == "flow_prediction" or base == "flow_match_euler"
         if is_flow and prediction_type == "v_prediction":
             raise ValueError("prediction_type='v_prediction' is not that of a flow model; use 'flow_prediction'")
@@ -174,22 +172,6 @@ class RollingLadderScheduler(FrameProcessMixin, SchedulerMixin, ConfigMixin):
         count = self.config.num_train_timesteps if is_flow else len(self.betas)
         self.timesteps = torch.from_numpy(np.arange(count, dtype=np.int64)[::-1] + int(is_flow))
         self._history: FrameHistory | None = None
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; the config of a flow-matching scheduler is understood as well.
-
-        Args:
-            config (`dict`): A config, for example `pipe.scheduler.config`.
-            return_unused_kwargs (`bool`, *optional*, defaults to `False`): Whether to return the arguments left over too.
-            **kwargs: Settings that replace those of the config.
-
-        Returns:
-            The scheduler, or a pair of it and the unused arguments.
-        """
-        if is_flow_config(config):
-            kwargs = translated_flow_config(config) | kwargs
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     # -- the ladder ------------------------------------------------------------------------------------------------
 
@@ -328,8 +310,7 @@ class RollingLadderScheduler(FrameProcessMixin, SchedulerMixin, ConfigMixin):
             `torch.Tensor` of shape `(batch_size, window_length)`, on the CPU: int64, or float32 for flow models.
         """
         count, window = checked_count(batch_size, "batch_size"), self.config.window_length
-        if mode not in TRAINING_MODES:
-            raise ValueError(f"mode={mode!r} is not known; use one of {', '.join(TRAINING_MODES)}")
+        check_choice("mode", mode, TRAINING_MODES)
         number = isinstance(init_probability, (int, float)) and not isinstance(init_probability, bool)
         if not number or not 0.0 <= init_probability <= 1.0:
             raise ValueError(f"init_probability={init_probability!r} is out of range; use a number from 0 to 1")
@@ -399,7 +380,8 @@ class RollingLadderScheduler(FrameProcessMixin, SchedulerMixin, ConfigMixin):
                 "roll() to move the window, or call set_timesteps to start again"
             )
         for name, value in (("model_output", model_output), ("sample", sample)):
-            check_finite(value, f"{name} is not finite at timestep={shown(timestep)}; check the model and its dtype")
+            if not is_finite(value):
+                raise ValueError(f"{name} is not finite at timestep={shown(timestep)}; check the model and its dtype")
 
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         frames, output = sample.to(dtype), model_output.to(dtype)
@@ -423,7 +405,8 @@ class RollingLadderScheduler(FrameProcessMixin, SchedulerMixin, ConfigMixin):
             keep = self._spread(moved, frames).bool()
             result = torch.where(keep, result, frames)
         prev_sample = result.to(sample.dtype)
-        check_finite(prev_sample, f"sample overflows {sample.dtype} at timestep={shown(timestep)}; use float32")
+        if not is_finite(prev_sample):
+            raise ValueError(f"sample overflows {sample.dtype} at timestep={shown(timestep)}; use float32")
 
         if self.config.base == "dpmsolver++":
             self._history = self._recorded(data, levels, following, moved)
@@ -459,7 +442,8 @@ class RollingLadderScheduler(FrameProcessMixin, SchedulerMixin, ConfigMixin):
         if not isinstance(noise, torch.Tensor) or noise.shape != sample.shape:
             found = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise ValueError(f"variance_noise={found} does not fit; give a tensor of shape {tuple(sample.shape)}")
-        check_finite(noise, "variance_noise is not finite; give finite numbers")
+        if not is_finite(noise):
+            raise ValueError("variance_noise is not finite; give finite numbers")
         return noise.to(sample.device)
 
     def roll(self, sample: torch.Tensor, new_noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,7 +49,12 @@ def test_losses_of_every_round_are_those_of_the_authors(official, golden):
 
 def test_embeddings_of_the_first_steps_are_those_of_the_authors(official, golden):
     expected = golden(FILE).tensor("uncond_embeddings_first_steps")
-    torch.testing.assert_close(official[0].null_embeddings.flip(0)[:3], expected, atol=2e-3, rtol=0)
+    found = official[0].null_embeddings.flip(0)[:3]
+    moved = expected - tiny_denoiser().null_embeddings
+    # Adam divides a gradient by its size, so a gradient near zero turns rounding (another number of threads, another processor)
+    # into part of a step of 0.01: single values may differ by that, their mean square hardly.
+    assert (found - expected).square().mean().sqrt() <= 2e-3 * moved.square().mean().sqrt()
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
 
 
 def test_the_way_back_is_that_of_the_authors(official, golden):

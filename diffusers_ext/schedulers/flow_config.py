@@ -1,0 +1,42 @@
+"""Configs of the flow-matching schedulers of diffusers, and what they mean for a scheduler that knows flow models among others."""
+
+from typing import Any
+
+
+def is_flow_config(config: Any) -> bool:
+    """Whether a config is one of the flow-matching schedulers of diffusers, which do not say so themselves."""
+    return hasattr(config, "get") and "shift" in config and "beta_schedule" not in config
+
+
+def translated_flow_config(config: Any) -> dict[str, Any]:
+    """Settings of ours that say what the config of a flow-matching scheduler of diffusers means.
+
+    Raises:
+        ValueError: If it asks for something that has no counterpart here.
+    """
+    for name in ("invert_sigmas", "stochastic_sampling"):
+        if config.get(name):
+            raise ValueError(
+                f"{name}=True of this flow-matching scheduler has no counterpart here; use one of diffusers"
+            )
+    return {"prediction_type": "flow_prediction", "flow_shift": config.get("shift", 1.0)}
+
+
+class FlowConfigMixin:
+    """For schedulers with `prediction_type="flow_prediction"` and a `flow_shift`."""
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers; the config of a flow-matching scheduler is understood as well.
+
+        Args:
+            config (`dict`): A config, for example `pipe.scheduler.config`.
+            return_unused_kwargs (`bool`, *optional*, defaults to `False`): Whether to return the arguments left over too.
+            **kwargs: Settings that replace those of the config.
+
+        Returns:
+            The scheduler, or a pair of it and the unused arguments.
+        """
+        if is_flow_config(config):
+            kwargs = translated_flow_config(config) | kwargs
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]
