@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from common import summary, write_result
-from diffusers import UNet2DModel
 from PIL import Image
 
 from diffusers_ext.data.spectrograms import CompressedSTFT
+from diffusers_ext.models import RestorationUNet2DModel
 from diffusers_ext.schedulers import MRScheduler
 from diffusers_ext.sheets import Tile, contact_sheet
 from diffusers_ext.training.restoration import new_restoration_unet
@@ -66,11 +66,11 @@ def si_sdr(restored: torch.Tensor, clean: torch.Tensor) -> float:
     return float(10 * torch.log10(part.square().sum() / (restored - part).square().sum()))
 
 
-def trained(waves: list[torch.Tensor], transform: CompressedSTFT, steps: int, batch: int) -> UNet2DModel:
+def trained(waves: list[torch.Tensor], transform: CompressedSTFT, steps: int, batch: int) -> RestorationUNet2DModel:
     """A network that tells the noise in x_t from x_t - mu and mu, trained on crops of the recordings."""
     scheduler = MRScheduler(theta_schedule="ouve")
     torch.manual_seed(0)
-    unet = new_restoration_unet((16, 32, 48, 64), 256, picture_channels=2, input_scale=0.3)
+    unet = new_restoration_unet((16, 32, 64), (1, 1, 2), picture_channels=2)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05)
     generator, began, losses = torch.Generator().manual_seed(0), time.perf_counter(), []
@@ -108,7 +108,7 @@ def trained(waves: list[torch.Tensor], transform: CompressedSTFT, steps: int, ba
 
 @torch.no_grad()
 def restored(
-    unet: UNet2DModel, transform: CompressedSTFT, noisy: torch.Tensor, settings: dict[str, Any], count: int
+    unet: RestorationUNet2DModel, transform: CompressedSTFT, noisy: torch.Tensor, settings: dict[str, Any], count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Waveforms and spectrograms after `count` evaluations."""
     scheduler = MRScheduler(theta_schedule="ouve", **settings)

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from .attention import AttentionRefine, AttentionReplace, AttentionReweight, LocalBlend
     from .guidance import FeatureEnergy, NormRescaler, SelfAttentionEnergy
     from .inversion import InversionOutput
-    from .models import LTXFrameAdapter, RollingTransformer1DModel, SkyReelsV2FrameAdapter, WanFrameAdapter
+    from .models import (
+        LTXFrameAdapter,
+        RestorationUNet2DModel,
+        RollingTransformer1DModel,
+        SkyReelsV2FrameAdapter,
+        WanFrameAdapter,
+    )
     from .pipelines import (
         GuideAndRescalePipeline,
         GuideAndRescalePipelineOutput,
@@ -73,6 +79,7 @@ _LAZY = {
     "ModelMixin": "diffusers",
     "NormRescaler": "diffusers_ext.guidance",
     "ResfusionScheduler": "diffusers_ext.schedulers",
+    "RestorationUNet2DModel": "diffusers_ext.models",
     "RollingLadderPipeline": "diffusers_ext.pipelines",
     "RollingLadderPipelineOutput": "diffusers_ext.pipelines",
     "RollingLadderScheduler": "diffusers_ext.schedulers",
@@ -110,6 +117,7 @@ __all__ = [
     "ModelMixin",
     "NormRescaler",
     "ResfusionScheduler",
+    "RestorationUNet2DModel",
     "RollingLadderPipeline",
     "RollingLadderPipelineOutput",
     "RollingLadderScheduler",

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 
 from diffusers_ext.data.degradations import DEGRADATIONS
 from diffusers_ext.metrics import psnr, ssim
+from diffusers_ext.models import RestorationUNet2DModel
 from diffusers_ext.pipelines import MRRestorationPipeline
 from diffusers_ext.schedulers import MRScheduler
 from diffusers_ext.schedulers.mean_reverting_solvers import PREDICTION_TYPES
@@ -65,9 +65,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_name_or_path", help="Folder or Hub id of a pipeline to fine-tune.")
-    group.add_argument("--unet_channels", type=positive_int, nargs="+", default=[32, 64, 96, 128])
-    group.add_argument("--layers_per_block", type=positive_int, default=1)
-    group.add_argument("--norm_num_groups", type=positive_int, default=8)
+    group.add_argument(
+        "--unet_channels", type=positive_int, nargs="+", default=[24, 48, 96], help="Width of each level."
+    )
+    group.add_argument(
+        "--layers_per_block", type=positive_int, nargs="+", default=[1, 1, 2],
+        help="Blocks of each level, on the way down and up; one number is for all.",
+    )  # fmt: skip
     group = parser.add_argument_group("objective")
     group.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="v_prediction")
     group.add_argument("--loss_target", choices=LOSS_TARGETS, default="target")
@@ -78,7 +82,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Share of a batch at the last timestep, where the degraded picture alone says what to do; about 0.5 if training "
         "is short. Timesteps are even otherwise.",
     )  # fmt: skip
-    group.add_argument("--sigma_inf", type=positive, default=50 / 255, help="Standard deviation of pure noise.")
+    group.add_argument(
+        "--sigma_inf", type=positive, default=10 / 255,
+        help="Standard deviation of pure noise; the size of what degradation changes, typically a few hundredths.",
+    )  # fmt: skip
     group.add_argument("--num_train_timesteps", type=positive_int, default=100)
     group.add_argument("--theta_schedule", choices=("cosine", "linear", "constant"), default="cosine")
     group = parser.add_argument_group("validation and export")
@@ -103,7 +110,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_parts(args: argparse.Namespace) -> tuple[UNet2DModel, MRScheduler]:
+def load_parts(args: argparse.Namespace) -> tuple[RestorationUNet2DModel, MRScheduler]:
     """UNet and scheduler, trained or new."""
     if args.pretrained_model_name_or_path:
         pipeline = MRRestorationPipeline.from_pretrained(args.pretrained_model_name_or_path)
@@ -111,10 +118,7 @@ def load_parts(args: argparse.Namespace) -> tuple[UNet2DModel, MRScheduler]:
     torch.manual_seed(args.seed)
     unet = new_restoration_unet(
         tuple(args.unet_channels),
-        args.resolution,
-        layers_per_block=args.layers_per_block,
-        groups=args.norm_num_groups,
-        input_scale=args.sigma_inf,
+        tuple(args.layers_per_block) if len(args.layers_per_block) > 1 else args.layers_per_block[0],
         output_scale=args.sigma_inf if args.prediction_type == "v_prediction" else 1.0,
     )
     scheduler = MRScheduler(
@@ -133,9 +137,7 @@ def main(args: argparse.Namespace) -> None:
     pairs = make_pairs(args, make_source(args, torch.device("cpu"), captions=False))
     if args.torch_compile:
         unet.compile()
-    # Adam's steps have one size for all weights, and those that make a small answer are small
-    answer_size = float(scheduler.config.sigma_inf) if scheduler.config.prediction_type == "v_prediction" else 1.0
-    trainer = Trainer(args, accelerator, unet, {"conv_out": answer_size})
+    trainer = Trainer(args, accelerator, unet)
     total, steps_of_process = trainer.global_batch_size, scheduler.config.num_train_timesteps
 
     def make_batches(step: int) -> list[Any]:
@@ -202,7 +204,7 @@ def save_pipeline(pipeline: MRRestorationPipeline, folder: Path, dtype: str) -> 
     if dtype == "fp32":
         pipeline.save_pretrained(folder)
         return
-    half = UNet2DModel.from_config(pipeline.unet.config)
+    half = type(pipeline.unet).from_config(pipeline.unet.config)
     half.load_state_dict(pipeline.unet.state_dict())
     MRRestorationPipeline(half.half(), pipeline.scheduler).save_pretrained(folder)
 

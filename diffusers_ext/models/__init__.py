@@ -6,12 +6,14 @@ already in `sys.modules`.
 
 from .attribute_judge import AttributeJudge
 from .frame_adapters import LTXFrameAdapter, SkyReelsV2FrameAdapter, WanFrameAdapter
+from .restoration_unet_2d import RestorationUNet2DModel
 from .rolling_transformer_1d import RollingTransformer1DModel
 
 
 __all__ = [
     "AttributeJudge",
     "LTXFrameAdapter",
+    "RestorationUNet2DModel",
     "RollingTransformer1DModel",
     "SkyReelsV2FrameAdapter",
     "WanFrameAdapter",

@@ -1,4 +1,4 @@
-"""Times of frames as networks are given them."""
+"""Times as networks are given them, of samples and of frames."""
 
 from typing import Any
 
@@ -18,12 +18,7 @@ def checked_times(timestep: Any, sample: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If these are not numbers, or of another shape.
     """
-    try:
-        times = torch.as_tensor(timestep, device=sample.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"timestep={timestep!r} is not a number or a tensor of numbers; give timesteps") from error
-    if times.is_complex() or not bool(torch.isfinite(times).all()):
-        raise ValueError(f"timestep={timestep!r} is not finite; give timesteps of the model")
+    times = finite_times(timestep, sample.device)
     batch, frames = sample.shape[:2]
     found = tuple(times.shape)
     times = times.reshape(-1, 1) if times.ndim < 2 else times
@@ -32,4 +27,19 @@ def checked_times(timestep: Any, sample: torch.Tensor) -> torch.Tensor:
             f"timestep of shape {found} does not fit sample of shape {tuple(sample.shape)}; give one number, one a "
             f"sample ({batch},) or one a frame ({batch} or 1, {frames})"
         )
+    return times
+
+
+def finite_times(timestep: Any, device: torch.device) -> torch.Tensor:
+    """Times as a tensor, of whatever shape.
+
+    Raises:
+        ValueError: If these are not finite numbers.
+    """
+    try:
+        times = torch.as_tensor(timestep, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"timestep={timestep!r} is not a number or a tensor of numbers; give timesteps") from error
+    if times.is_complex() or not bool(torch.isfinite(times).all()):
+        raise ValueError(f"timestep={timestep!r} is not finite; give timesteps of the model")
     return times

@@ -22,6 +22,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
 from ..integrity import CheckedLoadingMixin
+from ..models import RestorationUNet2DModel
 from ..schedulers.noise import check_generator
 from .inputs import (
     check_finite,
@@ -55,24 +56,20 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
     """Restores pictures with a network of mean-reverting diffusion.
 
     Args:
-        unet ([`UNet2DModel`]): Takes x - mu and mu along the channels, and the timestep; so it has twice as many input as output
-            channels. Other networks with the same call (`sample`, `timestep`, `return_dict`) do.
+        unet ([`RestorationUNet2DModel`] or [`UNet2DModel`]): Takes x - mu and mu along the channels, and the
+            timestep; so it has twice as many input as output channels. Other networks with the same call (`sample`, `timestep`, `return_dict`) do.
         scheduler ([`MRScheduler`], [`MeanRevertingAdapter`] or [`ResfusionScheduler`]): Its process and sampler.
         vae ([`AutoencoderKL`], *optional*): Where restoration happens in latents.
 
     Example:
         ```python
         import torch
-        from diffusers import UNet2DModel
         from PIL import Image
-        from diffusers_ext import MRRestorationPipeline
+        from diffusers_ext import MRRestorationPipeline, RestorationUNet2DModel
         from diffusers_ext.schedulers import MRScheduler
 
         # an untrained network, for the look of the call; load a trained pipeline with from_pretrained
-        unet = UNet2DModel(
-            in_channels=6, out_channels=3, block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2,
-            up_block_types=("UpBlock2D",) * 2, norm_num_groups=4,
-        )
+        unet = RestorationUNet2DModel(block_out_channels=(8, 8), layers_per_block=1)
         pipe = MRRestorationPipeline(unet, MRScheduler(prediction_type="v_prediction"))
         restored = pipe(Image.new("RGB", (50, 40), "gray"), num_inference_steps=5).images[0]
         ```
@@ -82,7 +79,9 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "mean"]
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None) -> None:
+    def __init__(
+        self, unet: RestorationUNet2DModel | UNet2DModel, scheduler: SchedulerMixin, vae: AutoencoderKL | None = None
+    ) -> None:
         super().__init__()
         if unet is not None:
             taken, given = unet.config.in_channels, unet.config.out_channels

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 
 from ..data.degradations import degrade
 from ..data.photographs import PhotographCrops
+from ..models import RestorationUNet2DModel
 from ..schedulers import MRScheduler
 from .data import FolderSource, Source
 from .objectives import min_snr_weights
@@ -29,51 +29,34 @@ LOSS_TYPES = ("l1", "l2")
 
 def new_restoration_unet(
     channels: tuple[int, ...],
-    sample_size: int,
+    layers_per_block: int | tuple[int, ...],
     picture_channels: int = 3,
-    layers_per_block: int = 1,
-    groups: int = 8,
     input_scale: float = 1.0,
     output_scale: float = 1.0,
-) -> UNet2DModel:
-    """An untrained convolutional UNet for pictures of any size.
-
-    Its first and last weights start so that x - mu, which is as small as sigma_inf, counts as much as mu, and answers have the
-    size of what is asked for.
+) -> RestorationUNet2DModel:
+    """An untrained network whose first answers have the size of what is asked for.
 
     Args:
-        channels: Width of each level, a multiple of `groups`.
-        sample_size: Side of the pictures trained on, a multiple of 2^(levels - 1).
+        channels: Width of each level.
+        layers_per_block: Blocks of each level, one number for all or one for each.
         picture_channels: Channels of a picture; the network takes twice as many.
-        layers_per_block: Residual blocks a level.
-        groups: Groups of the normalisation.
-        input_scale: Typical size of x - mu, above 0: sigma_inf.
+        input_scale: Size that x - mu is divided by, above 0. At 1 it counts as pictures do, which suits a sigma_inf of a few
+            hundredths: larger noise drowns what the picture shows.
         output_scale: Typical size of the answer, above 0: sigma_inf for v, 1 for noise and pictures.
 
     Raises:
         ValueError: If the numbers do not fit each other.
     """
-    if any(width % groups for width in channels):
-        raise ValueError(f"unet_channels={list(channels)} must be multiples of norm_num_groups={groups}")
-    coarser = len(channels) - 1
-    if sample_size % 2**coarser:
-        raise ValueError(f"resolution={sample_size} cannot be halved {coarser} times; use fewer unet_channels")
-    # no attention: it would tie the network to the size of the crops
-    unet = UNet2DModel(
-        sample_size=sample_size,
+    # by name: diffusers takes positional arguments for defaults, which from_config leaves out
+    unet = RestorationUNet2DModel(
         in_channels=2 * picture_channels,
         out_channels=picture_channels,
         block_out_channels=channels,
         layers_per_block=layers_per_block,
-        down_block_types=("DownBlock2D",) * len(channels),
-        up_block_types=("UpBlock2D",) * len(channels),
-        add_attention=False,
-        norm_num_groups=groups,
     )
     with torch.no_grad():
         unet.conv_in.weight[:, :picture_channels] /= input_scale
         unet.conv_out.weight *= output_scale
-        unet.conv_out.bias *= output_scale
     return unet
 
 

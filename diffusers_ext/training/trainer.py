@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -106,21 +106,13 @@ class Trainer:
         args: Arguments of `add_training_arguments`.
         accelerator: From `make_accelerator`.
         module: The network; parameters that do not require gradients stay as they are.
-        rate_factors: Factors of the learning rate, by the beginning of a parameter's name; 1 where none is given.
 
     Raises:
-        ValueError: If no parameter's name begins like one of `rate_factors`.
         CheckpointError: If `args.resume_from_checkpoint` cannot be read or belongs to another network, or if it is not
             given and `args.output_dir` already holds checkpoints.
     """
 
-    def __init__(
-        self,
-        args: Namespace,
-        accelerator: Accelerator,
-        module: nn.Module,
-        rate_factors: Mapping[str, float] | None = None,
-    ):
+    def __init__(self, args: Namespace, accelerator: Accelerator, module: nn.Module):
         self.args = args
         self.accelerator = accelerator
         # the stubs of `Module.to` do not know memory_format
@@ -130,7 +122,7 @@ class Trainer:
         self._named = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.average = WeightAverage(module, args.ema_decay) if args.use_ema else None
         optimizer = torch.optim.AdamW(
-            self._groups(rate_factors or {}),
+            list(self._named.values()),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
@@ -150,17 +142,6 @@ class Trainer:
             )
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
         self._stop = threading.Event()
-
-    def _groups(self, factors: Mapping[str, float]) -> list[dict[str, Any]]:
-        own = {name: next((key for key in factors if name.startswith(key)), None) for name in self._named}
-        if unknown := sorted(set(factors) - set(own.values())):
-            raise ValueError(f"rate_factors names {unknown[0]!r}, which no parameter to be trained begins with")
-        groups = []
-        for key in (None, *factors):
-            parameters = [self._named[name] for name in self._named if own[name] == key]
-            if parameters:
-                groups.append({"params": parameters, "rate_factor": 1.0 if key is None else factors[key]})
-        return groups
 
     @property
     def global_batch_size(self) -> int:
@@ -249,7 +230,7 @@ class Trainer:
             self.step, args.max_train_steps, args.lr_scheduler, args.lr_warmup_steps, args.decay_fraction, args.lr_end
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = args.learning_rate * factor * group["rate_factor"]
+            group["lr"] = args.learning_rate * factor
         # for networks with dropout; everything else draws from named streams
         torch.manual_seed(stream_seed(args.seed, self.step, "layers", self.accelerator.process_index))
         total = torch.zeros((), device=self.accelerator.device)

@@ -105,22 +105,6 @@ def test_frozen_parameters_are_neither_averaged_nor_saved(settings: Settings, tm
     assert list(tensors["model"]) == list(tensors["ema"]) == ["line.weight"]
 
 
-def test_rate_factors_scale_the_steps_of_the_named_parameters(settings: Settings):
-    def steps(factors: dict[str, float] | None, name: str) -> dict[str, torch.Tensor]:
-        args = settings(max_train_steps=1, output_dir=settings().output_dir + name)
-        module = Line()
-        before = {key: value.detach().clone() for key, value in module.named_parameters()}
-        trainer = Trainer(args, Accelerator(cpu=True), module, factors)
-        trainer.fit(lambda step: [torch.ones(1, 4)], loss_of, no_validation)
-        return {key: value.detach() - before[key] for key, value in module.named_parameters()}
-
-    plain, scaled = steps(None, "plain"), steps({"line.bias": 0.1}, "scaled")
-    assert torch.equal(scaled["line.weight"], plain["line.weight"]) and plain["line.bias"].abs() > 0
-    torch.testing.assert_close(scaled["line.bias"], 0.1 * plain["line.bias"], rtol=1e-4, atol=1e-9)
-    with pytest.raises(ValueError, match="rate_factors names 'lines', which no parameter to be trained begins with"):
-        Trainer(settings(), Accelerator(cpu=True), Line(), {"lines": 0.1})
-
-
 def test_average_of_another_network_is_refused():
     with pytest.raises(ValueError, match="1 names differ, e.g. bias"):
         WeightAverage(nn.Linear(1, 1), 0.9).load_state_dict({"weight": torch.zeros(1, 1)})
