@@ -19,6 +19,12 @@ from .reports import check_image_suffix, save_image, versions, write_json
 
 # Names of `diffusers_ext.guidance.PRESETS`, here too so that `--help` does not have to import torch.
 PRESETS = ("edit", "stylize")
+# The names of `diffusers_ext.inversion.INVERSIONS` as words of a command line, after the method with a pipeline of its own.
+METHODS = (
+    "guide-and-rescale", "direct", "null-text", "negative-prompt", "edit-friendly", "bdia", "fixed-point", "ddim",
+)  # fmt: skip
+# Options of `edit` that say nothing to prompt-to-prompt on an inverted picture.
+ONLY_GUIDED = ("preset", "rescale_range", "guidance_end", "alignment")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,13 +71,21 @@ def edit(options: argparse.Namespace) -> None:
     image = open_image(options.picture)
     outputs = _output_paths(options.output, options.picture, "edited", len(options.prompt))
 
+    guided = options.method == METHODS[0]
+    for name in () if guided else ONLY_GUIDED:
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect with --method {options.method}; leave it out, or use "
+                f"--method {METHODS[0]}"
+            )
+
     _quieten(options.debug)
-    from . import GuideAndRescalePipeline
-    from .guidance import PRESETS as SETTINGS
+    from . import GuideAndRescalePipeline, NullTextInversionPipeline
     from .hub import load_pipeline, native_size, resolve_model
 
     model = resolve_model(options.model)
-    pipe = load_pipeline(GuideAndRescalePipeline, model, revision=options.revision, device=options.device)
+    kind: Any = GuideAndRescalePipeline if guided else NullTextInversionPipeline
+    pipe = load_pipeline(kind, model, revision=options.revision, device=options.device)
     # None lets tqdm decide: a bar on a terminal, nothing in a log.
     pipe.set_progress_bar_config(disable=True if options.json else None)
     size = native_size(pipe)
@@ -79,19 +93,13 @@ def edit(options: argparse.Namespace) -> None:
         "source_prompt": options.source,
         "prompt": options.prompt,
         "num_inference_steps": options.steps,
-        "preset": options.preset,
         "guidance_scale": options.guidance_scale,
-        "rescale_range": SETTINGS[options.preset].rescale_range,
-        "guidance_end": SETTINGS[options.preset].guidance_end,
-        "alignment": options.alignment,
     }
-    if options.rescale_range:
-        settings["rescale_range"] = tuple(options.rescale_range)
-    if options.guidance_end is not None:
-        settings["guidance_end"] = options.guidance_end
+    settings |= _guided_settings(options) if guided else _inverted_settings(options)
 
     start = time.perf_counter()
-    result: Any = pipe(image=fit_square(image, size), **settings)
+    beside = {} if guided else _beside_inversion(pipe, [options.source, *options.prompt])
+    result: Any = pipe(image=fit_square(image, size), **settings, **beside)
     seconds = time.perf_counter() - start
     for picture, path in zip(result.images, outputs, strict=True):
         save_image(picture, path)
@@ -102,13 +110,45 @@ def edit(options: argparse.Namespace) -> None:
         "outputs": [str(path) for path in outputs],
         "model": model,
         "revision": options.revision,
+        "method": options.method,
         **settings,
+        **({} if guided else {"controller": type(beside["controller"]).__name__, "seed": 0}),
         "device": str(pipe.device),
         "seconds": round(seconds, 3),
         "network_evaluations": result.network_evaluations,
         "versions": versions(),
     }
     _report(report, _stem(options.output, options.picture, "edited"), dict(zip(outputs, options.prompt)), options.json)
+
+
+def _guided_settings(options: argparse.Namespace) -> dict[str, Any]:
+    from .guidance import PRESETS as SETTINGS
+
+    preset = SETTINGS[options.preset or "edit"]
+    return {
+        "preset": options.preset or "edit",
+        "rescale_range": tuple(options.rescale_range or preset.rescale_range),
+        "guidance_end": preset.guidance_end if options.guidance_end is None else options.guidance_end,
+        "alignment": options.alignment or "matched",
+    }
+
+
+def _inverted_settings(options: argparse.Namespace) -> dict[str, Any]:
+    method = options.method.replace("-", "_")
+    # With attention from the source the authors skip 12 of 100.
+    return {"inversion_method": method, "skip": round(0.12 * options.steps) if method == "edit_friendly" else 0}
+
+
+def _beside_inversion(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """A controller of attention, and where noise comes from if the method draws any."""
+    import torch
+
+    from . import AttentionRefine, AttentionReplace
+
+    # Words are swapped where all prompts have as many, else those that are new are added.
+    swaps = len({len(prompt.split()) for prompt in prompts}) == 1
+    controller = (AttentionReplace if swaps else AttentionRefine)(pipe.tokenizer, list(prompts))
+    return {"controller": controller, "generator": torch.Generator().manual_seed(0)}
 
 
 def restore(options: argparse.Namespace) -> None:
@@ -170,8 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     edits = commands.add_parser(
         "edit",
         help="edit a picture by words",
-        description="Edits a picture by words with Guide-and-Rescale. The largest centred square of the picture is scaled "
-        "to the size the model was trained on. Beside the result a JSON file keeps every setting.",
+        description="Edits a picture by words, with Guide-and-Rescale or with prompt-to-prompt on an inverted picture. The "
+        "largest centred square of the picture is scaled to the size the model was trained on. Beside the result a JSON file "
+        "keeps every setting.",
         allow_abbrev=False,
     )
     _picture(edits, "edited")
@@ -184,10 +225,16 @@ def _parser() -> argparse.ArgumentParser:
         help="what it shall show; given several times, several pictures are made from one inversion",
     )
     edits.add_argument(
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="guide-and-rescale, or the inversion under prompt-to-prompt, of which direct is the one to begin with "
+        "(default: %(default)s)",
+    )
+    edits.add_argument(
         "--preset",
         choices=PRESETS,
-        default="edit",
-        help="edit: change what the prompt says, keep the rest; stylize: repaint all, keep the layout (default: %(default)s)",
+        help="edit: change what the prompt says, keep the rest; stylize: repaint all, keep the layout (default: edit)",
     )
     edits.add_argument(
         "--guidance-scale", type=float, default=7.5, metavar="W", help="pull towards the prompt (default: %(default)s)"
@@ -208,8 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     edits.add_argument(
         "--alignment",
         choices=("matched", "official"),
-        default="matched",
-        help="inversion that retraces sampling, or that of the authors' code (default: %(default)s)",
+        help="inversion that retraces sampling, or that of the authors' code (default: matched)",
     )
     _common(edits, steps=50, what="steps of inversion and of sampling")
     edits.set_defaults(run=edit)

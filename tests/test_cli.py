@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import diffusers_ext
-from diffusers_ext.cli import main
+from diffusers_ext.cli import METHODS, main
 from diffusers_ext.data import DEMO_OBJECTS, EmojiScenes
 from diffusers_ext.demo import SCENES, DemoScene, describe, run_demo
 from diffusers_ext.imaging import fit_square, open_image
+from diffusers_ext.inversion import INVERSIONS
 from tests.helpers.tiny_models import IMAGE_SIZE, tiny_stable_diffusion, tiny_stable_diffusion_xl
 
 
@@ -98,6 +100,44 @@ def test_several_prompts_give_numbered_pictures_and_one_settings_file(picture, m
     assert sorted(os.listdir("new")) == ["out-1.jpg", "out-2.jpg", "out-3.jpg", "out.json"]
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(Path("new/out.json").read_text()) and printed["prompt"] == ["b", "c", ""]
+
+
+@pytest.mark.parametrize("method", ["direct", "edit-friendly"])
+def test_an_edit_by_attention_can_be_repeated_from_its_settings_file(picture, model, method):
+    prompts = ["--source", "a red cat", "--prompt", "a red dog", "--prompt", "a tan cat"]
+    words = ["edit", picture, *prompts, "--model", model, "--steps", 9, "--method", method, "--guidance-scale", 3]
+    assert run(*words) == 0
+    report = json.loads(Path("photo-edited.json").read_text())
+    assert report["method"] == method and report["controller"] == "AttentionReplace" and "preset" not in report
+    assert report["skip"] == (1 if method == "edit-friendly" else 0)
+    pipe = diffusers_ext.NullTextInversionPipeline.from_pretrained(model)
+    names = "source_prompt prompt num_inference_steps guidance_scale inversion_method skip".split()
+    controller = diffusers_ext.AttentionReplace(pipe.tokenizer, [report["source_prompt"], *report["prompt"]])
+    noise = torch.Generator().manual_seed(report["seed"])
+    source = fit_square(open_image(picture), report["edited_size"][0])
+    settings = {name: report[name] for name in names}
+    again = pipe(image=source, controller=controller, generator=noise, **settings).images
+    for image, path in zip(again, report["outputs"], strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(path)))
+
+
+def test_prompts_of_different_lengths_are_refined_and_options_of_the_other_method_are_refused(picture, model, capsys):
+    words = ["edit", picture, "--source", "a cat", "--prompt", "a red cat", "--model", model, "--steps", 2]
+    assert run(*words, "--method", "negative-prompt") == 0
+    assert json.loads(Path("photo-edited.json").read_text())["controller"] == "AttentionRefine"
+    capsys.readouterr()
+    for option in (
+        ["--preset", "stylize"],
+        ["--rescale-range", 1, 2],
+        ["--guidance-end", 0.5],
+        ["--alignment", "matched"],
+    ):
+        assert run(*words, "--method", "direct", *option) == 2
+        assert f"{option[0]} has no effect with --method direct; leave it out" in capsys.readouterr().err
+
+
+def test_the_methods_of_the_command_are_those_of_the_library():
+    assert {name.replace("-", "_") for name in METHODS[1:]} == set(INVERSIONS)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def bdia_invert(
         raise TypeError(f"latents is {type(latents).__name__}; give a tensor of floats")
     if num_inference_steps == 1:
         raise ValueError("num_inference_steps=1 leaves no pair; use at least 2")
-    scheduler = _laid(BDIADDIMInverseScheduler, config, num_inference_steps, latents, gamma=gamma)
+    scheduler = laid_scheduler(BDIADDIMInverseScheduler, config, num_inference_steps, latents, gamma=gamma)
     state = latents if latents.dtype == torch.float64 else latents.float()
     deque(_walked(predict, scheduler, state), maxlen=0)
     noisiest, next_noisiest = scheduler.pair
@@ -115,15 +115,15 @@ def bdia_regenerate(predict: Predict, pair: BDIAPair) -> torch.Tensor:
 def bdia_states(predict: Predict, pair: BDIAPair) -> Iterator[torch.Tensor]:
     """The states of [`bdia_regenerate`] one by one, the pair first; arguments as there."""
     settings = {key: value for key, value in pair.config.items() if not key.startswith("_")}
-    scheduler = _laid(BDIADDIMScheduler, settings, pair.num_inference_steps, pair.noisiest)
+    scheduler = laid_scheduler(BDIADDIMScheduler, settings, pair.num_inference_steps, pair.noisiest)
     scheduler.set_initial_pair(pair.noisiest, pair.next_noisiest)
     yield pair.noisiest
     yield pair.next_noisiest
     yield from _walked(predict, scheduler, pair.next_noisiest, first=1)
 
 
-def _laid(kind: Any, config: Mapping[str, Any], steps: int, like: torch.Tensor, **given: Any) -> Any:
-    """A scheduler with its steps laid; a ladder's config may name timesteps of its own."""
+def laid_scheduler(kind: Any, config: Mapping[str, Any], steps: int, like: torch.Tensor, **given: Any) -> Any:
+    """A scheduler of a kind with its steps laid; a ladder's config may name timesteps of its own."""
     settings = dict(config)
     own = settings.pop("timesteps", None)
     scheduler = kind.from_config(settings, **given)
@@ -170,7 +170,7 @@ def bdia_inversion(
     steps = len(ladder)
     if steps < 2:
         raise ValueError(f"the ladder has {steps} step, which leaves no pair; use at least 2")
-    scheduler = _laid(BDIADDIMInverseScheduler, ladder.config, steps, state, gamma=gamma)
+    scheduler = laid_scheduler(BDIADDIMInverseScheduler, ladder.config, steps, state, gamma=gamma)
     predict = partial(denoiser.guided, guidance_scale=guidance_scale)
     states = [state]
     for step, following in enumerate(_walked(predict, scheduler, state)):

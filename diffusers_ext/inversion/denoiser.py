@@ -195,10 +195,10 @@ class InversionStoppedError(ValueError):
 
     Attributes:
         best ([`Inverted`], *optional*): The best that was found until then. From the step where it stopped on, the last good
-            embeddings are repeated.
+            embeddings are repeated. A pipeline puts an [`InversionOutput`] there.
     """
 
-    def __init__(self, message: str, best: Inverted | None = None) -> None:
+    def __init__(self, message: str, best: Any = None) -> None:
         super().__init__(message)
         self.best = best
 

@@ -3,6 +3,8 @@
 from .pipeline_guide_and_rescale import GuideAndRescalePipeline, GuideAndRescalePipelineOutput
 from .pipeline_guide_and_rescale_sdxl import GuideAndRescaleStableDiffusionXLPipeline
 from .pipeline_mr_restoration import MRRestorationPipeline, MRRestorationPipelineOutput
+from .pipeline_null_text_inversion import NullTextInversionPipeline, NullTextInversionPipelineOutput
+from .pipeline_null_text_inversion_sdxl import NullTextInversionStableDiffusionXLPipeline
 from .pipeline_rolling_ladder import RollingLadderPipeline, RollingLadderPipelineOutput
 from .similarity_filter import SimilarityFilter
 from .stream_batch import StreamBatch
@@ -14,6 +16,9 @@ __all__ = [
     "GuideAndRescaleStableDiffusionXLPipeline",
     "MRRestorationPipeline",
     "MRRestorationPipelineOutput",
+    "NullTextInversionPipeline",
+    "NullTextInversionPipelineOutput",
+    "NullTextInversionStableDiffusionXLPipeline",
     "RollingLadderPipeline",
     "RollingLadderPipelineOutput",
     "SimilarityFilter",

@@ -1,46 +1,20 @@
 """`invert()` for pipelines with the components of a `StableDiffusionPipeline` or a `StableDiffusionXLPipeline`."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 
 from ..guidance import GuidedStep, part_of_condition
-from ..inversion import ALIGNMENTS, DDIMLadder, InversionOutput, ddim_inversion_states, model_fingerprint
-from .conditioning import ConditioningMixin
-from .inputs import (
-    check_finite,
-    check_kwargs,
-    check_size,
-    checked_choice,
-    checked_prompts,
-    checked_steps,
-    checked_timesteps,
-    images_to_tensor,
-    pad_to_multiple,
-    spread,
-)
+from ..inversion import ALIGNMENTS, DDIMLadder, InversionOutput, ddim_inversion_states
+from .editing import EditingMixin, PipelineImage
+from .inputs import check_finite, check_kwargs, check_size, checked_choice, checked_prompts, images_to_tensor, spread
 
-
-PipelineImage = (
-    PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
-)
 
 INVERSION_METHODS = ("ddim", "negative_prompt")
 
 
-class DDIMInversionMixin(ConditioningMixin):
+class DDIMInversionMixin(EditingMixin):
     """Inverts pictures by DDIM; put it before the pipeline class that has the components."""
-
-    # Given by the pipeline class.
-    scheduler: Any
-    vae_scale_factor: int
-    progress_bar: Any
-    maybe_free_model_hooks: Any
 
     @torch.no_grad()
     def invert(
@@ -108,23 +82,6 @@ class DDIMInversionMixin(ConditioningMixin):
         self.maybe_free_model_hooks()
         return output
 
-    def _ladder(self, num_inference_steps: Any, timesteps: Any) -> DDIMLadder:
-        steps = checked_steps(num_inference_steps)
-        return DDIMLadder.from_scheduler_config(self.scheduler.config, steps, checked_timesteps(timesteps))
-
-    def _inversion_config(
-        self, ladder: DDIMLadder, alignment: str, image_size: Sequence[int], method: str = "ddim"
-    ) -> dict[str, Any]:
-        components = ("vae", *self._text_encoders, "unet")
-        return {
-            "method": method,
-            "alignment": alignment,
-            "num_inference_steps": len(ladder),
-            "image_size": list(image_size),
-            "scheduler": ladder.config,
-            "model": model_fingerprint({name: getattr(self, name) for name in components}),
-        }
-
     def _invert(
         self,
         pixels: torch.Tensor,
@@ -168,34 +125,3 @@ class DDIMInversionMixin(ConditioningMixin):
             config=self._inversion_config(ladder, alignment, image_size, method),
             network_evaluations=len(ladder) * len(prompts),
         )
-
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Latents of pictures in [-1, 1], one picture at a time; those are extended to a size that the networks divide."""
-        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        padded = pad_to_multiple(pixels, multiple)
-        with self._vae_precision():
-            padded = padded.to(self._execution_device, self.vae.dtype)
-            encoded = [retrieve_latents(self.vae.encode(picture), sample_mode="argmax") for picture in padded.split(1)]
-        scale, shift = self._latent_statistics(encoded[0])
-        return (torch.cat(encoded) - shift) * scale
-
-    def _decode_latents(self, latents: torch.Tensor, generator: Any) -> torch.Tensor:
-        """Pictures in [-1, 1] from latents."""
-        with self._vae_precision():
-            latents = latents.to(self.vae.dtype)
-            scale, shift = self._latent_statistics(latents)
-            return self.vae.decode(latents / scale + shift, return_dict=False, generator=generator)[0]
-
-    def _latent_statistics(self, like: torch.Tensor) -> tuple[Any, Any]:
-        """What latents are multiplied with after a shift; a few SDXL autoencoders have a mean and deviation a channel."""
-        config = self.vae.config
-        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is None or deviation is None:
-            return config.scaling_factor, 0.0
-        mean, deviation = (torch.tensor(values).view(1, -1, 1, 1).to(like) for values in (mean, deviation))
-        return config.scaling_factor / deviation, mean
-
-    @contextmanager
-    def _vae_precision(self) -> Iterator[None]:
-        """The VAE as it is; SDXL's overflows in half precision and is float32 for the time of a `with` block."""
-        yield

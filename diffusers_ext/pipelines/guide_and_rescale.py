@@ -11,20 +11,17 @@ become conditions (`conditioning.py`).
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
 
 from ..guidance import PRESETS, GuidanceEnergy, GuidancePreset, GuidedStep, NormRescaler
 from ..inversion import ALIGNMENTS, InversionOutput, ddim_step
 from ..schedulers.noise import check_generator
-from .ddim_inversion import INVERSION_METHODS, DDIMInversionMixin, PipelineImage
+from .ddim_inversion import INVERSION_METHODS, DDIMInversionMixin
+from .editing import OUTPUT_TYPES, EditingPipelineOutput, PipelineImage
 from .inputs import (
     check_finite,
     check_kwargs,
@@ -40,25 +37,8 @@ from .inputs import (
 )
 
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-@dataclass
-class GuideAndRescalePipelineOutput(BaseOutput):
-    """What an edit gives.
-
-    Attributes:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): The edited pictures.
-        nsfw_content_detected (`list[bool]`, *optional*): The safety checker's flags; None without one.
-        network_evaluations (`int`): Forward passes of the UNet, each sample of a batch counted, those of the inversion
-            included if the call made it.
-        backward_passes (`int`): Gradients through the UNet, counted in the same way.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    nsfw_content_detected: list[bool] | None = None
-    network_evaluations: int = 0
-    backward_passes: int = 0
+class GuideAndRescalePipelineOutput(EditingPipelineOutput):
+    """What an edit gives; see [`EditingPipelineOutput`]."""
 
 
 class GuideAndRescaleMixin(DDIMInversionMixin):
@@ -67,10 +47,7 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "source_prompt_embeds"]
     _presets: Mapping[str, GuidancePreset] = PRESETS
 
-    # Given by the pipeline class.
-    image_processor: Any
-    interrupt: bool
-    run_safety_checker: Any
+    interrupt: bool  # given by the pipeline class
 
     @torch.no_grad()
     def __call__(
@@ -235,11 +212,7 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
         else:
             prompts = self._results(prompt, len(inversion.prompt))
             check_generator(generator, len(prompts))
-            said = None
-            if source_prompt is not None:
-                said = spread(
-                    checked_prompts(source_prompt, "source_prompt"), len(inversion.prompt), "source_prompt", "pictures"
-                )
+            said = self._source_prompts(source_prompt, len(inversion.prompt))
             inversion.check_fits(self._inversion_config(ladder, alignment, inversion.config["image_size"]), said)
 
         batch_size, device = len(prompts), self._execution_device
@@ -341,18 +314,7 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
     ) -> None:
         """Checks every argument that can be checked without computing; raises a `ValueError` or `TypeError` that names it."""
         self._check_model()
-        if inversion is None:
-            if image is None:
-                raise ValueError("image is missing; give a picture, or the inversion of one")
-            checked_prompts(source_prompt, "source_prompt")
-        elif image is not None:
-            raise ValueError("image and inversion are both given; give one, the inversion holds the picture already")
-        elif not isinstance(inversion, InversionOutput):
-            raise TypeError(f"inversion is of type {type(inversion).__name__}; give what `invert` returned")
-        elif problem := inversion.problem():
-            raise ValueError(f"inversion cannot be used: {problem}")
-        elif height is not None or width is not None:
-            raise ValueError("height and width have no effect on an inversion; give them to `invert`")
+        self._check_picture(image, source_prompt, inversion, height, width)
         checked_prompts(prompt, "prompt")
         if negative_prompt is not None:
             checked_prompts(negative_prompt, "negative_prompt")
@@ -378,88 +340,14 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
         check_size(height, width)
         checked_choice(output_type, "output_type", OUTPUT_TYPES)
         check_kwargs(cross_attention_kwargs)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"callback_on_step_end={callback_on_step_end!r} cannot be called")
-        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
-            raise TypeError(
-                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} must be a list of names; use "
-                f"some of {', '.join(self._callback_tensor_inputs)}"
-            )
-        for name in callback_on_step_end_tensor_inputs:
-            checked_choice(name, "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs)
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
     def _check_guiders(self, guiders: Sequence[GuidanceEnergy]) -> None:
         """What would only come to light in the first guided step, after the whole inversion."""
-        if torch.is_inference_mode_enabled() or any(p.is_inference() for p in self.unet.parameters()):
-            raise ValueError(
-                "guidance needs gradients, which torch.inference_mode() forbids; load and call the pipeline outside of it "
-                "(torch.no_grad() is fine), or pass guiders=[]"
-            )
-        if any(parameter.is_meta for parameter in self.unet.parameters()):
-            raise ValueError(
-                "guidance needs gradients through the UNet, whose weights are put away by enable_sequential_cpu_offload(); "
-                "use enable_model_cpu_offload(), or pass guiders=[]"
-            )
+        self._check_gradients("guidance", "pass guiders=[]")
         with ExitStack() as stack:
             for number, guider in enumerate(guiders):
                 try:
                     stack.enter_context(guider.attach(getattr(self.unet, "_orig_mod", self.unet)))
                 except ValueError as error:
                     raise ValueError(f"guiders[{number}], a {type(guider).__name__}: {error}") from error
-
-    @staticmethod
-    def _results(prompt: Any, pictures: int) -> list[str]:
-        prompts = checked_prompts(prompt, "prompt")
-        return prompts if pictures == 1 else spread(prompts, pictures, "prompt", "pictures")
-
-    def _start(self, latents: Any, inverted: torch.Tensor) -> torch.Tensor:
-        if latents is None:
-            return inverted
-        if not isinstance(latents, torch.Tensor) or latents.shape != inverted.shape:
-            found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"latents has the shape {found}; this call needs {tuple(inverted.shape)}")
-        latents = latents.to(inverted.device, inverted.dtype)
-        if not bool(torch.isfinite(latents).all()):
-            raise ValueError("latents holds values that are infinite or not a number; give finite ones")
-        return latents
-
-    def _decode(
-        self, latents: torch.Tensor, image_size: Sequence[int], generator: Any, output_type: str
-    ) -> tuple[Any, list[bool] | None]:
-        pixels = self._decode_latents(latents, generator)
-        check_finite(pixels, "the decoded picture", self.vae.dtype)
-        height, width = image_size
-        pixels = pixels[..., :height, :width]
-        pixels, flags = self._checked_pixels(pixels, latents)
-        keep = [True] * len(pixels) if flags is None else [not flag for flag in flags]
-        return self.image_processor.postprocess(pixels, output_type=output_type, do_denormalize=keep), flags
-
-    def _checked_pixels(self, pixels: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
-        """Pictures that may be shown, and which of them were held back."""
-        return self.run_safety_checker(pixels, latents.device, latents.dtype)
-
-
-def check_family(pipeline_class: Any, index: dict[str, Any], source: str, family: str) -> None:
-    """Refuses a repository of another family by its `model_index.json`, before any weight is fetched.
-
-    Args:
-        pipeline_class (`type`): The pipeline that shall be loaded.
-        index (`dict`): The repository's `model_index.json`.
-        source (`str`): Its name, for the message.
-        family (`str`): The models that the pipeline takes, for the message.
-
-    Raises:
-        ValueError: If it has no text-conditioned UNet, lacks a component, or has one that the pipeline does not know.
-    """
-    components = {name: value for name, value in index.items() if isinstance(value, list) and any(value)}
-    kind = index.get("_class_name")
-    needs = f"{pipeline_class.__name__} needs a {family} text-to-image model"
-    if "UNet2DConditionModel" not in components.get("unet", []):
-        raise ValueError(f"{source} is a {kind}, which has no text-conditioned UNet: {needs}")
-    required, optional = pipeline_class._get_signature_keys(pipeline_class)
-    extra = sorted(name for name in components if not name.startswith("_") and name not in {*required, *optional})
-    if extra:
-        raise ValueError(f"{source} is a {kind}, which has {', '.join(extra)} besides: {needs}")
-    missing = sorted({*required} - {*components} - {*pipeline_class._optional_components})
-    if missing:
-        raise ValueError(f"{source} is a {kind}, which has no {', '.join(missing)}: {needs}")

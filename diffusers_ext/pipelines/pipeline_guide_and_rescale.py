@@ -21,7 +21,8 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from ..integrity import CheckedLoadingMixin
-from .guide_and_rescale import GuideAndRescaleMixin, GuideAndRescalePipelineOutput, check_family
+from .editing import check_family
+from .guide_and_rescale import GuideAndRescaleMixin, GuideAndRescalePipelineOutput
 from .inputs import check_text_to_image
 
 

@@ -6,11 +6,9 @@ over layers and read from the middle and the first up block only (`guidance/pres
 a sum over them with the authors' scales would leave nothing to the other energies.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
@@ -25,13 +23,13 @@ from transformers import (
 
 from ..guidance import SDXL_PRESETS, GuidancePreset
 from ..integrity import CheckedLoadingMixin
-from .conditioning import SDXLConditioningMixin
-from .guide_and_rescale import GuideAndRescaleMixin, check_family
+from .editing import SDXLEditingMixin, check_family
+from .guide_and_rescale import GuideAndRescaleMixin
 from .inputs import check_text_to_image
 
 
 class GuideAndRescaleStableDiffusionXLPipeline(
-    CheckedLoadingMixin, SDXLConditioningMixin, GuideAndRescaleMixin, StableDiffusionXLPipeline
+    CheckedLoadingMixin, SDXLEditingMixin, GuideAndRescaleMixin, StableDiffusionXLPipeline
 ):
     """Edits pictures by words, without training, with any SDXL base model. Experimental.
 
@@ -97,17 +95,3 @@ class GuideAndRescaleStableDiffusionXLPipeline(
     @classmethod
     def _check_family(cls, index: dict[str, Any], source: str) -> None:
         check_family(cls, index, source, "Stable Diffusion XL")
-
-    @contextmanager
-    def _vae_precision(self) -> Iterator[None]:
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        if upcast:
-            self.vae.to(torch.float32)
-        try:
-            yield
-        finally:
-            if upcast:
-                self.vae.to(torch.float16)
-
-    def _checked_pixels(self, pixels: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return pixels if self.watermark is None else self.watermark.apply_watermark(pixels), None

@@ -57,7 +57,8 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
 
     Args:
         unet ([`RestorationUNet2DModel`] or [`UNet2DModel`]): Takes x - mu and mu along the channels, and the
-            timestep; so it has twice as many input as output channels. Other networks with the same call (`sample`, `timestep`, `return_dict`) do.
+            timestep; so it has twice as many input as output channels. Other networks with the same call (`sample`,
+            `timestep`, `return_dict`) do.
         scheduler ([`MRScheduler`], [`MeanRevertingAdapter`] or [`ResfusionScheduler`]): Its process and sampler.
         vae ([`AutoencoderKL`], *optional*): Where restoration happens in latents.
 

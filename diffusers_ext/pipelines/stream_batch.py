@@ -22,7 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..guidance import Condition, join_conditions
 from ..schedulers.residual_guidance import strength_indices
-from .guide_and_rescale import OUTPUT_TYPES
+from .editing import OUTPUT_TYPES
 from .inputs import (
     check_finite,
     check_size,

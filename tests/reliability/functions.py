@@ -23,13 +23,14 @@ from diffusers_ext.integrity import atomic_folder, atomic_write, check_weights
 from diffusers_ext.inversion import DDIMLadder
 from diffusers_ext.schedulers import MRScheduler
 
+from .functions_of_edits import EDIT_ARGUMENTS, FUNCTIONS_OF_EDITS, inversion
 from .functions_of_inversion import FUNCTIONS_OF_INVERSION
 from .functions_of_numbers import FUNCTIONS_OF_NUMBERS
 from .functions_of_streams import FUNCTIONS_OF_STREAMS
 from .functions_of_words import FUNCTIONS_OF_WORDS
 from .registry import INF, NAN, Argument, Function, Made, sample_picture, shared_pipeline
 from .sandbox import scratch
-from .values import LATENTS, NOT_COUNTS, NOT_NUMBERS, NOT_TEXT, PICTURES, TYPOS, picture
+from .values import NOT_COUNTS, NOT_NUMBERS, PICTURES, picture
 
 
 def _files() -> Path:
@@ -65,143 +66,15 @@ COUNTS = Argument(good=[1, 2], bad=[-1, 1.5, NAN, "3", None, [], True])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Guide-and-Rescale
+# Files of the editing pipelines
 # ---------------------------------------------------------------------------------------------------------------------
-
-PROMPTS = ["", "a", "a red heart", "x" * 3000, "\u2764\ufe0f \0", ["a"]]
-TOO_MANY = ["a", "b", "c"] * 2
-SPOILT = (None, 0, torch.zeros(1), torch.full((1, 4, 16, 16), NAN), "x")
-TEARS: tuple[Callable[[InversionOutput], None], ...] = (
-    lambda output: setattr(output, "latents", output.latents * NAN),
-    lambda output: setattr(output, "latents", output.latents[:1]),
-    lambda output: setattr(output, "latents", output.latents[0]),
-    lambda output: setattr(output, "latents", None),
-    lambda output: setattr(output, "timesteps", output.timesteps[:0]),
-    lambda output: setattr(output, "timesteps", None),
-    lambda output: setattr(output, "prompt", "a"),
-    lambda output: setattr(output, "prompt", []),
-    lambda output: setattr(output, "prompt", ["a", "b"]),
-    lambda output: setattr(output, "config", {}),
-    lambda output: setattr(output, "config", None),
-    lambda output: setattr(output, "config", {**output.config, "image_size": "64"}),
-    lambda output: setattr(output, "config", {**output.config, "num_inference_steps": 7}),
-    lambda output: setattr(output, "config", {**output.config, "model": None}),
-    lambda output: setattr(output, "config", {**output.config, "model": {"unet": None}}),
-    lambda output: setattr(output, "config", {**output.config, "alignment": "official"}),
-)
-
-
-def _callback(returned: Callable[[random.Random, Any], Any]) -> Callable[[random.Random], Any]:
-    return lambda rng: lambda pipe, step, t, tensors: returned(rng, tensors)
-
-
-EDIT_ARGUMENTS = {
-    "image": PICTURES,
-    "source_prompt": Argument(good=PROMPTS, bad=[None, *NOT_TEXT, TOO_MANY]),
-    "prompt": Argument(good=[*PROMPTS, ["a", "b"]], bad=[None, *NOT_TEXT]),
-    "negative_prompt": Argument(good=[None, *PROMPTS], bad=[*NOT_TEXT, TOO_MANY]),
-    "guiders": Argument(
-        good=[
-            None, [], Made("<attention>", lambda rng: [SelfAttentionEnergy(rng.choice([0, 1e-3, 3e5]))]),
-            Made("<features>", lambda rng: [FeatureEnergy(rng.choice([0, 500.0]), loss=rng.choice(["l1", "l2"]))]),
-            Made("<negative>", lambda rng: (FeatureEnergy(-5.0, layer="conv_norm_out"), SelfAttentionEnergy())),
-            Made("<by step>", lambda rng: [SelfAttentionEnergy(lambda step, steps: 3e5 * (step < 1), loss="l1")]),
-            Made("<target>", lambda rng: [FeatureEnergy(branch="target"), SelfAttentionEnergy(branch="target")]),
-            Made("<by tokens>", lambda rng: [SelfAttentionEnergy(layers=256), FeatureEnergy()]),
-        ],
-        bad=[
-            5, "all", {}, object, [None], ["self"], SelfAttentionEnergy(), [SelfAttentionEnergy],
-            Made("<no such layer>", lambda rng: [FeatureEnergy(layer="up_blocks.9")]),
-            Made("<no such attention>", lambda rng: [SelfAttentionEnergy(layers=["mid_blok"])]),
-            Made("<no such tokens>", lambda rng: [SelfAttentionEnergy(layers=3)]),
-            Made("<bad weight>", lambda rng: [FeatureEnergy(lambda step, steps: rng.choice([NAN, None, "x"]))]),
-        ],
-    ),
-    "num_inference_steps": Argument(good=[1, 2, 3, np.int64(2)], bad=[*NOT_COUNTS, 1001, 2000, object]),
-    "guidance_scale": Argument(good=[0, 1, 1.0, 7.5, 30.0], bad=[*NOT_NUMBERS, -1.0, 1e308, True]),
-    "rescale_range": Argument(
-        good=[None, (0.33, 3.0), [0, 1], (0, INF), (1, 1), (2.0, 2)],
-        bad=[
-            (3.0, 0.33), (NAN, 1), (0, NAN), (-1, 1), (INF, INF), 1.0, "ab", "0.3,3", (1,), (1, 2, 3), ("a", "b"),
-            (None, 1), (0, 1e308), (1e308, INF), [[0], [1]], {},
-        ],
-    ),
-    "guidance_end": Argument(good=[0, 0.5, 0.6, 1, 1.0], bad=[*NOT_NUMBERS, -0.1, 1.01, 50, True]),
-    "alignment": Argument(good=["matched", "official"], bad=TYPOS),
-    "preset": Argument(good=["edit", "stylize"], bad=TYPOS),
-    "inversion_method": Argument(good=["ddim", "negative_prompt"], bad=TYPOS),
-    "timesteps": Argument(
-        good=[None, [999, 499], [0], (7, 3, 1), np.array([500, 100])],
-        bad=[5, "999", [], [1, 2], [1000], [-1], [5, 5], [1.5], [None], {}, [True], torch.zeros(2, 2)],
-    ),
-    "samples_per_pass": Argument(good=[1, 2, None], bad=NOT_COUNTS),
-    "ip_adapter_image": Argument(good=[None], bad=[5, "x", Made("<picture>", lambda rng: torch.rand(1, 3, 8, 8))]),
-    "ip_adapter_image_embeds": Argument(good=[None], bad=[[], 5, [torch.zeros(2, 1, 4)]]),
-    "inversion": Argument(
-        good=[None], bad=["x", 5, {}, [], Made("<torn>", lambda rng: _torn_inversion(rng.choice(TEARS))), object]
-    ),
-    "height": Argument(good=[None, 8, 32, 31], bad=[0, -8, 2.5, NAN, "64", [], True, 10**6, 10**30]),
-    "width": Argument(good=[None, 8, 32, 40], bad=[0, -8, 2.5, NAN, "64", [], True, 10**6, 10**30]),
-    "latents": LATENTS,
-    "generator": Argument(
-        good=[
-            None, Made("<generator>", lambda rng: torch.Generator().manual_seed(0)),
-            Made("<generators>", lambda rng: [torch.Generator().manual_seed(0)]),
-        ],
-        bad=[0, 42, "cpu", {}, [0], [None], object, Made("<four generators>", lambda rng: [torch.Generator()] * 4)],
-    ),
-    "output_type": Argument(good=["pil", "np", "pt", "latent"], bad=["PIL", "nope", "", None, 0, [], object]),
-    "return_dict": Argument(good=[True, False], bad=[]),
-    "cross_attention_kwargs": Argument(good=[None, {}, {"scale": 1.0}], bad=["scale", 5, [], {"scale": "x"}, {"scale": NAN}]),
-    "callback_on_step_end": Argument(
-        good=[None, Made("<callback>", _callback(lambda rng, tensors: rng.choice([None, {}, tensors])))],
-        bad=[
-            5, "f", {}, Made("<callback: bad latents>", _callback(lambda rng, tensors: {"latents": rng.choice(SPOILT)})),
-            Made("<callback: bad prompt>", _callback(lambda rng, tensors: {"prompt_embeds": rng.choice(SPOILT)})),
-        ],
-    ),
-    "callback_on_step_end_tensor_inputs": Argument(
-        good=[["latents"], [], ["prompt_embeds"]], bad=["latents", None, 5, ["latent"], [None], ["self"], {}]
-    ),
-}  # fmt: skip
-INVERT_ARGUMENTS = {
-    name: EDIT_ARGUMENTS[name]
-    for name in (
-        "image", "source_prompt", "num_inference_steps", "alignment", "height", "width", "cross_attention_kwargs",
-        "timesteps",
-    )
-}  # fmt: skip
-
-
-def _edit(**arguments: Any) -> Any:
-    pipeline: Any = shared_pipeline("GuideAndRescalePipeline")
-    if arguments.get("inversion") is not None:
-        arguments["image"] = None
-    return pipeline(**arguments)
-
-
-def _invert(**arguments: Any) -> Any:
-    pipeline: Any = shared_pipeline("GuideAndRescalePipeline")
-    return pipeline.invert(**arguments)
-
-
-@cache
-def _inversion() -> InversionOutput:
-    return _invert(image=sample_picture(), source_prompt="a", num_inference_steps=2)
-
-
-def _torn_inversion(tear: Callable[[InversionOutput], None]) -> InversionOutput:
-    whole = _inversion()
-    torn = InversionOutput(whole.latents.clone(), whole.timesteps.clone(), list(whole.prompt), dict(whole.config))
-    tear(torn)
-    return torn
 
 
 def _load_inversion(directory: Any, config: Any, weights: Any) -> InversionOutput:
     """Loads an inversion whose two files went through `config` and `weights`."""
     if directory == "<saved>":
         directory = scratch() / "inversion"
-        _inversion().save_pretrained(directory)
+        inversion().save_pretrained(directory)
         for path in directory.iterdir():
             damage = config if path.suffix == ".json" else weights
             if damage:
@@ -368,8 +241,7 @@ RESTORATION: tuple[Function, ...] = (
 )  # fmt: skip
 
 FUNCTIONS: tuple[Function, ...] = (
-    Function("GuideAndRescalePipeline", _edit, EDIT_ARGUMENTS, is_model=True),
-    Function("GuideAndRescalePipeline.invert", _invert, INVERT_ARGUMENTS, is_model=True),
+    *FUNCTIONS_OF_EDITS,
     Function("GuideAndRescalePipeline.from_pretrained", _load_pipeline, {
         "pretrained_model_name_or_path": Argument(
             good=["absent-owner/absent"],

@@ -180,6 +180,40 @@ def load_guide_and_rescale_sdxl(folder: str) -> DiffusionPipeline:
     return pipeline
 
 
+def build_null_text_inversion() -> DiffusionPipeline:
+    from diffusers_ext import NullTextInversionPipeline
+
+    pipeline = NullTextInversionPipeline(**tiny_components(), requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_null_text_inversion(folder: str) -> DiffusionPipeline:
+    from diffusers_ext import NullTextInversionPipeline
+
+    pipeline = NullTextInversionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def build_null_text_inversion_sdxl() -> DiffusionPipeline:
+    from diffusers_ext import NullTextInversionStableDiffusionXLPipeline
+
+    parts = tiny_stable_diffusion_xl().components
+    parts.pop("force_zeros_for_empty_prompt", None)
+    pipeline = NullTextInversionStableDiffusionXLPipeline(**parts, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_null_text_inversion_sdxl(folder: str) -> DiffusionPipeline:
+    from diffusers_ext import NullTextInversionStableDiffusionXLPipeline
+
+    pipeline = NullTextInversionStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def load_mr_restoration(folder: str) -> DiffusionPipeline:
     from diffusers_ext import MRRestorationPipeline
 
@@ -201,6 +235,13 @@ PIPELINES: tuple[PipelineSubject, ...] = (
         build_guide_and_rescale_sdxl,
         good_edit,
         load_guide_and_rescale_sdxl,
+    ),
+    PipelineSubject("NullTextInversionPipeline", build_null_text_inversion, good_edit, load_null_text_inversion),
+    PipelineSubject(
+        "NullTextInversionStableDiffusionXLPipeline",
+        build_null_text_inversion_sdxl,
+        good_edit,
+        load_null_text_inversion_sdxl,
     ),
     PipelineSubject("MRRestorationPipeline", tiny_restoration, good_restoration, load_mr_restoration),
 )
