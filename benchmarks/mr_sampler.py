@@ -76,6 +76,7 @@ def samplers(config: Any) -> dict[str, Callable[[], Any]]:
         "sde-d-1": ours(algorithm_type="sde-d", solver_order=1),
         "sde-d-2": ours(algorithm_type="sde-d", solver_order=2),
         "sde-n-2": ours(algorithm_type="sde-n", solver_order=2),
+        "ode-d-2, no start noise": ours(algorithm_type="ode-d", solver_order=2),
         "adapter: DPM++ 2": stock("DPMSolverMultistepScheduler", solver_order=2),
         "adapter: UniPC 2": stock("UniPCMultistepScheduler", solver_order=2),
         "adapter: DDIM": stock("DDIMScheduler"),
@@ -127,7 +128,8 @@ def quality(folder: Path, nfes: list[int], result: dict[str, Any], save: Callabl
                 pipe.scheduler = build()
                 generator = torch.Generator().manual_seed(SEED)
                 try:
-                    output = pipe(degraded, count, generator=generator, output_type="pt")
+                    scale = 0.0 if sampler.endswith("no start noise") else 1.0
+                    output = pipe(degraded, count, noise_scale=scale, generator=generator, output_type="pt")
                 except ValueError as error:  # sde-n overflows where its steps are too long
                     rows[str(count)] = {"failed": str(error)}
                 else:

@@ -12,7 +12,7 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SETS = {"photographs": "photographs never trained on", "scenes": "emoji scenes never trained on"}
 METRICS = {"psnr": "PSNR (dB), more is better", "ssim": "SSIM, more is better", "gmsd": "GMSD, less is better"}
 DRAWN = {
-    "posterior": "#888888", "Euler-Maruyama": "#bbbb44", "ode-d-2": "#cc3311", "sde-d-2": "#ee7733", "adapter: UniPC 2": "#0077bb",
+    "posterior": "#888888", "Euler-Maruyama": "#bbbb44", "ode-d-2": "#cc3311", "ode-d-2, no start noise": "#aa3377", "sde-d-2": "#ee7733", "adapter: UniPC 2": "#0077bb",
     "adapter: DPM++ 2": "#33bbee",
 }  # fmt: skip
 

@@ -170,6 +170,7 @@ def restore(options: argparse.Namespace) -> None:
         image,
         num_inference_steps=options.steps,
         strength=options.strength,
+        noise_scale=options.noise_scale,
         generator=torch.Generator().manual_seed(options.seed),
     )
     seconds = time.perf_counter() - start
@@ -182,6 +183,7 @@ def restore(options: argparse.Namespace) -> None:
         "revision": options.revision,
         "num_inference_steps": options.steps,
         "strength": options.strength,
+        "noise_scale": options.noise_scale,
         "seed": options.seed,
         "device": str(pipe.device),
         "seconds": round(seconds, 3),
@@ -192,11 +194,15 @@ def restore(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Runs `diffusers-ext demo`."""
+    """Runs `diffusers-ext demo`: edits, and unless another model was named, restorations."""
     _quieten(options.debug)
     from .demo import run_demo
+    from .demo_restoration import run_restoration_demo
 
-    for report in [run_demo(options.output, model=options.model, steps=options.steps, device=options.device)]:
+    reports = [run_demo(options.output, model=options.model, steps=options.steps, device=options.device)]
+    if options.model is None:
+        reports.append(run_restoration_demo(options.output, device=options.device))
+    for report in reports:
         print(f"{report['sheet']}  {report['seconds']:.0f} s, {report['network_evaluations']} network evaluations")
 
 
@@ -276,7 +282,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="share of the process that is run; less keeps more of the picture (default: %(default)s)",
     )
-    _common(restores, steps=10, what="network evaluations", model="the restoration model")
+    restores.add_argument(
+        "--noise-scale",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="size of the start noise, from 0, smooth and without chance, to 1, a sample with fine texture (default: %(default)s)",
+    )
+    _common(restores, steps=5, what="network evaluations", model="the restoration model")
     restores.set_defaults(run=restore)
 
     shows = commands.add_parser(

@@ -23,7 +23,7 @@ from diffusers.utils import BaseOutput
 
 from ..integrity import CheckedLoadingMixin
 from ..models import RestorationUNet2DModel
-from ..schedulers.noise import check_generator
+from ..schedulers.noise import check_generator, drawn_noise
 from .inputs import (
     check_finite,
     checked_choice,
@@ -119,6 +119,7 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
         image: PipelineImage | None = None,
         num_inference_steps: int = 10,
         strength: float = 1.0,
+        noise_scale: float = 1.0,
         latents: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -139,6 +140,10 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
             strength (`float`, *optional*, defaults to 1.0):
                 Share of the process that is run, above 0 and up to 1. Less starts with less noise and keeps more of the
                 degraded picture.
+            noise_scale (`float`, *optional*, defaults to 1.0):
+                Size of the start noise over that of the process, from 0 to 1. At 1 the results are samples: fine texture, other for
+                every generator. At 0 a deterministic sampler leads from the degraded picture itself to one smooth result, nearer to the
+                clean picture on average.
             latents (`torch.Tensor`, *optional*):
                 Start from these, of the shape that `output_type="latent"` gives, instead of drawn noise around the picture.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -161,7 +166,12 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
-            num_inference_steps, strength, output_type, callback_on_step_end, callback_on_step_end_tensor_inputs
+            num_inference_steps,
+            strength,
+            noise_scale,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
         )
         pixels = images_to_tensor(image)
         height, width = pixels.shape[-2:]
@@ -169,7 +179,7 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
         device = self._execution_device
         mean = self._mean(pixels, device)
         timesteps, first = self._timesteps(num_inference_steps, strength, device)
-        sample = self._start(latents, mean, generator, timesteps[0] if first else None)
+        sample = self._start(latents, mean, generator, noise_scale, timesteps[0] if first else None)
 
         self._interrupt = False
         self._num_timesteps = len(timesteps)
@@ -209,6 +219,7 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
         self,
         num_inference_steps: Any,
         strength: Any,
+        noise_scale: Any,
         output_type: Any,
         callback_on_step_end: Any,
         callback_on_step_end_tensor_inputs: Any,
@@ -220,6 +231,7 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
         checked_steps(num_inference_steps)
         if not checked_number(strength, "strength", 0.0, 1.0) > 0.0:
             raise ValueError(f"strength={strength!r} would run no step; give a number above 0 and up to 1")
+        checked_number(noise_scale, "noise_scale", 0.0, 1.0)
         checked_choice(output_type, "output_type", OUTPUT_TYPES)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"callback_on_step_end={callback_on_step_end!r} cannot be called; give a function")
@@ -254,10 +266,14 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
             scheduler.set_begin_index(skipped)
         return timesteps, skipped
 
-    def _start(self, latents: Any, mean: torch.Tensor, generator: Any, timestep: torch.Tensor | None) -> torch.Tensor:
+    def _start(
+        self, latents: Any, mean: torch.Tensor, generator: Any, noise_scale: float, timestep: torch.Tensor | None
+    ) -> torch.Tensor:
         if latents is None:
             # in float32 whatever the network computes in, so that equal seeds give equal noise
-            start = self.scheduler.prepare_initial(mean.float(), generator, timestep=timestep)
+            wide = mean.float()
+            noise = noise_scale * drawn_noise(wide, generator)
+            start = self.scheduler.prepare_initial(wide, noise=noise, timestep=timestep)
             return start.to(mean.dtype)
         if not isinstance(latents, torch.Tensor) or latents.shape != mean.shape:
             found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__

@@ -122,6 +122,22 @@ def test_strength_runs_a_part_of_the_process_and_keeps_more_of_the_picture() -> 
     assert changes[0] > changes[1] > changes[2]
 
 
+@pytest.mark.parametrize("scheduler", [MRScheduler(), MeanRevertingAdapter("UniPCMultistepScheduler")])
+def test_the_start_noise_may_be_smaller(scheduler: Any) -> None:
+    pipe, image = tiny_restoration(scheduler), torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+    def run(seed: int, **settings: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(image, 4, generator=generator, output_type="latent", **settings).images
+
+    assert torch.equal(run(0), run(0, noise_scale=1.0)) and not torch.equal(run(0), run(1))
+    # without noise there is no chance, and the start is the degraded picture
+    assert torch.equal(run(0, noise_scale=0.0), run(1, noise_scale=0.0))
+    assert torch.equal(run(0, noise_scale=0.0), run(0, latents=image))
+    nearer = [(run(0, noise_scale=scale) - run(0, noise_scale=0.0)).square().mean() for scale in (0.1, 0.5, 1.0)]
+    assert 0 < nearer[0] < nearer[1] < nearer[2]
+
+
 def test_an_interrupted_run_skips_the_remaining_evaluations() -> None:
     pipe = tiny_restoration()
 
@@ -164,6 +180,8 @@ def test_the_saved_adapter_comes_back_with_its_scheduler(tmp_path: Path) -> None
         ({"num_inference_steps": 101}, "num_inference_steps=101 is out of range; use an int from 1 to 100"),
         ({"strength": 0.0}, "strength=0.0 would run no step"),
         ({"strength": 1.5}, "strength=1.5 is out of range"),
+        ({"noise_scale": -0.1}, "noise_scale=-0.1 is out of range"),
+        ({"noise_scale": True}, "noise_scale=True"),
         ({"output_type": "jpg"}, "output_type='jpg' is not one of pil"),
         (
             {"latents": torch.zeros(1, 3, 4, 4)},
