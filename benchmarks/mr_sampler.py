@@ -111,7 +111,9 @@ def measured(restored: torch.Tensor, clean: torch.Tensor) -> dict[str, Any]:
     return table
 
 
-def quality(folder: Path, nfes: list[int], result: dict[str, Any], save: Callable[[], None]) -> None:
+def quality(
+    folder: Path, names: list[str] | None, nfes: list[int], result: dict[str, Any], save: Callable[[], None]
+) -> None:
     pipe = MRRestorationPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     found = result.setdefault("quality", {})
@@ -120,7 +122,7 @@ def quality(folder: Path, nfes: list[int], result: dict[str, Any], save: Callabl
         found.setdefault(name, {})["degraded"] = measured(degraded, clean)
         found[name]["pictures"] = len(clean)
     for sampler, build in samplers(pipe.scheduler.config).items():
-        for count in nfes:
+        for count in nfes if names is None or sampler in names else ():
             for name, (clean, degraded) in pairs.items():
                 rows = found[name].setdefault("samplers", {}).setdefault(sampler, {})
                 if str(count) in rows:
@@ -185,6 +187,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of an MRRestorationPipeline")
     parser.add_argument("--nfes", type=int, nargs="+", default=list(EVALUATIONS))
+    parser.add_argument("--samplers", nargs="+", help="only these; all by default")
     parser.add_argument("--fresh", action="store_true", help="measure the quality again")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -205,7 +208,7 @@ def main() -> None:
         result["step_time"] = step_time()
     save()
     if "quality" in args.parts:
-        quality(args.model, args.nfes, result, save)
+        quality(args.model, args.samplers, args.nfes, result, save)
     if "page" in args.parts:
         write_page(result, ROOT / "docs")
 

@@ -15,7 +15,6 @@ from ..inversion import DDIMLadder, InversionOutput, model_fingerprint
 from .conditioning import ConditioningMixin, SDXLConditioningMixin
 from .inputs import (
     check_finite,
-    checked_choice,
     checked_prompts,
     checked_steps,
     checked_timesteps,
@@ -124,17 +123,6 @@ class EditingMixin(ConditioningMixin):
             raise ValueError(f"inversion cannot be used: {problem}")
         elif height is not None or width is not None:
             raise ValueError("height and width have no effect on an inversion; give them to `invert`")
-
-    def _check_callback(self, callback_on_step_end: Any, callback_on_step_end_tensor_inputs: Any) -> None:
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"callback_on_step_end={callback_on_step_end!r} cannot be called")
-        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
-            raise TypeError(
-                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} must be a list of names; use "
-                f"some of {', '.join(self._callback_tensor_inputs)}"
-            )
-        for name in callback_on_step_end_tensor_inputs:
-            checked_choice(name, "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs)
 
     def _check_gradients(self, what: str, cure: str) -> None:
         """Raises where the network can give none, before the work that comes first."""

@@ -26,6 +26,7 @@ from .inputs import (
     check_finite,
     check_kwargs,
     check_size,
+    check_step_callback,
     checked_choice,
     checked_number,
     checked_prompts,
@@ -340,7 +341,7 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
         check_size(height, width)
         checked_choice(output_type, "output_type", OUTPUT_TYPES)
         check_kwargs(cross_attention_kwargs)
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def _check_guiders(self, guiders: Sequence[GuidanceEnergy]) -> None:
         """What would only come to light in the first guided step, after the whole inversion."""

@@ -207,3 +207,20 @@ def _scaled(tensor: torch.Tensor, height: int | None, width: int | None) -> torc
     if size == tuple(tensor.shape[-2:]):
         return tensor
     return F.interpolate(tensor, size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def check_step_callback(callback_on_step_end: Any, tensor_inputs: Any, known: Sequence[str]) -> None:
+    """Raises unless a callback can be called and wants tensors that there are.
+
+    Raises:
+        TypeError: If it cannot be called, or `tensor_inputs` is no list.
+        ValueError: If a name is not one of `known`.
+    """
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise TypeError(f"callback_on_step_end={callback_on_step_end!r} cannot be called; give a function")
+    if not isinstance(tensor_inputs, (list, tuple)):
+        raise TypeError(
+            f"callback_on_step_end_tensor_inputs={tensor_inputs!r} must be a list of names; use some of {', '.join(known)}"
+        )
+    for name in tensor_inputs:
+        checked_choice(name, "callback_on_step_end_tensor_inputs", known)

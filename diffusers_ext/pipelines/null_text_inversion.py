@@ -24,6 +24,7 @@ from .inputs import (
     check_finite,
     check_kwargs,
     check_size,
+    check_step_callback,
     checked_choice,
     checked_number,
     checked_prompts,
@@ -333,7 +334,7 @@ class NullTextInversionMixin(PictureInversionMixin):
             raise ValueError(f"return_source={return_source!r} is not True or False")
         checked_choice(output_type, "output_type", OUTPUT_TYPES)
         check_kwargs(cross_attention_kwargs)
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def _ladder_of(
         self, inversion: InversionOutput, num_inference_steps: Any, source_prompt: Any, guidance_scale: float

@@ -26,6 +26,7 @@ from ..models import RestorationUNet2DModel
 from ..schedulers.noise import check_generator, drawn_noise
 from .inputs import (
     check_finite,
+    check_step_callback,
     checked_choice,
     checked_number,
     checked_steps,
@@ -233,15 +234,7 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
             raise ValueError(f"strength={strength!r} would run no step; give a number above 0 and up to 1")
         checked_number(noise_scale, "noise_scale", 0.0, 1.0)
         checked_choice(output_type, "output_type", OUTPUT_TYPES)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"callback_on_step_end={callback_on_step_end!r} cannot be called; give a function")
-        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
-            raise TypeError(
-                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} must be a list of names; use "
-                f"some of {', '.join(self._callback_tensor_inputs)}"
-            )
-        for name in callback_on_step_end_tensor_inputs:
-            checked_choice(name, "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs)
+        check_step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def _mean(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
         """The degraded pictures, padded, in the range that the scheduler's process is defined on, or as latents."""
