@@ -26,7 +26,7 @@ from .schedulers import MRScheduler
 from .sheets import Tile, contact_sheet
 
 
-FEW, MANY = 5, 100
+FEW, MORE, MANY = 5, 10, 100
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def run_restoration_demo(
     runs = {
         f"{FEW} evaluations, no start noise": ("psnr_few_no_noise", own, FEW, 0.0),
         f"{FEW} evaluations": ("psnr_few", own, FEW, 1.0),
+        f"{MORE} evaluations": ("psnr_more", own, MORE, 1.0),
         f"{many}, posterior sampling": ("psnr_posterior", posterior, many, 1.0),
     }
     rows, notes = [], []

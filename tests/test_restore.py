@@ -92,12 +92,12 @@ def test_the_sheet_shows_every_picture_and_the_figures(tmp_path, model):
     report = run_restoration_demo(tmp_path / "demo", model=model, device="cpu", damages=DAMAGES[2:4], many=12)
     assert sorted(os.listdir(tmp_path / "demo")) == ["restoration.json", "restoration.png"]
     assert json.loads((tmp_path / "demo" / "restoration.json").read_text()) == report
-    assert [row["network_evaluations"] for row in report["pictures"]] == [5 + 5 + 12] * 2
+    assert [row["network_evaluations"] for row in report["pictures"]] == [5 + 5 + 10 + 12] * 2
     assert [row["picture"] for row in report["pictures"]] == ["astronaut", "scene 1"]
     assert all(
         5 < row[name] < 60
         for row in report["pictures"]
-        for name in ("psnr_degraded", "psnr_few_no_noise", "psnr_few", "psnr_posterior")
+        for name in ("psnr_degraded", "psnr_few_no_noise", "psnr_few", "psnr_more", "psnr_posterior")
     )
     with Image.open(report["sheet"]) as sheet:
         assert sheet.width > 5 * 192
