@@ -99,7 +99,7 @@ def trained(waves: list[torch.Tensor], transform: CompressedSTFT, steps: int, ba
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if (step + 1) % 100 == 0:
             seconds = time.perf_counter() - began
             print(f"step {step + 1}: loss {np.mean(losses[-100:]):.4f}, {seconds:.0f} s", flush=True)
