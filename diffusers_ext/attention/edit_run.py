@@ -1,15 +1,27 @@
 """One run of a prompt-to-prompt controller: which layers of which rows are edited in the step that it is at."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
+from .local_blend import LocalBlend
 from .maps import in_window, map_sizes
-from .word_steps import window_bounds, word_schedule
+from .word_steps import Share, window_bounds, word_schedule
 
 
-if TYPE_CHECKING:
-    from .prompt_to_prompt import AttentionController
+class Edits(Protocol):
+    """What a run reads of its controller."""
+
+    tokenizer: Any
+    prompts: list[str]
+    text_length: int
+    cross_replace_steps: Share | Mapping[str, Share]
+    self_replace_steps: tuple[float, float]
+    max_self_attention_resolution: float
+    local_blend: LocalBlend | None
+
+    def edit_cross_attention(self, source: torch.Tensor, own: torch.Tensor) -> torch.Tensor: ...
 
 
 class EditRun:
@@ -21,7 +33,7 @@ class EditRun:
         num_steps (`int`): Sampling steps.
     """
 
-    def __init__(self, controller: "AttentionController", size: tuple[int, int], num_steps: int) -> None:
+    def __init__(self, controller: Edits, size: tuple[int, int], num_steps: int) -> None:
         self.controller = controller
         self.num_steps = num_steps
         self.step = 0
