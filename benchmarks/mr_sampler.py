@@ -44,6 +44,7 @@ EVALUATIONS = (3, 5, 10, 20, 50, 100)
 SIDE = 96  # of the photographs' crops
 SCENES_EACH = 3  # emoji scenes for each degradation
 SEED = 4242
+NO_START_NOISE = "ode-d-2, no start noise"  # the one that differs by the pipeline's call as well
 PROCESS = (
     "num_train_timesteps",
     "theta_schedule",
@@ -76,7 +77,7 @@ def samplers(config: Any) -> dict[str, Callable[[], Any]]:
         "sde-d-1": ours(algorithm_type="sde-d", solver_order=1),
         "sde-d-2": ours(algorithm_type="sde-d", solver_order=2),
         "sde-n-2": ours(algorithm_type="sde-n", solver_order=2),
-        "ode-d-2, no start noise": ours(algorithm_type="ode-d", solver_order=2),
+        NO_START_NOISE: ours(algorithm_type="ode-d", solver_order=2),
         "adapter: DPM++ 2": stock("DPMSolverMultistepScheduler", solver_order=2),
         "adapter: UniPC 2": stock("UniPCMultistepScheduler", solver_order=2),
         "adapter: DDIM": stock("DDIMScheduler"),
@@ -130,7 +131,7 @@ def quality(
                 pipe.scheduler = build()
                 generator = torch.Generator().manual_seed(SEED)
                 try:
-                    scale = 0.0 if sampler.endswith("no start noise") else 1.0
+                    scale = 0.0 if sampler == NO_START_NOISE else 1.0
                     output = pipe(degraded, count, noise_scale=scale, generator=generator, output_type="pt")
                 except ValueError as error:  # sde-n overflows where its steps are too long
                     rows[str(count)] = {"failed": str(error)}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from diffusers_ext.atomic import atomic_write
 
@@ -24,6 +25,12 @@ def write_between(page: Path, begin: str, end: str, text: str) -> None:
     if not first or not second:
         raise ValueError(f"{page.name} has no {begin} and {end}; put them where the figures belong")
     atomic_write(page, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}".encode())
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Cells as a table of Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 @dataclass(frozen=True)

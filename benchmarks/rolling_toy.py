@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from common import ROOT, read_result, write_result
-from page import write_between
+from page import table, write_between
 from safetensors.torch import save_file
 
 
 sys.path.insert(0, str(ROOT))
 
 from motion import ladder_pipeline  # noqa: E402
-from rolling import table  # noqa: E402
 
 from diffusers_ext.sequence_metrics import seam_ratio  # noqa: E402
 from tests.analytic.rolling import ar2_correlations  # noqa: E402

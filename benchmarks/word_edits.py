@@ -15,10 +15,10 @@ import torch
 from common import ROOT, load_judge, share, write_result
 from editing import common_scenes, make_task
 from editing_measures import Task, against_source, against_truth, mean_and_error, verdict
-from page import write_between
-from rolling import table
+from page import table, write_between
 
-from diffusers_ext import AttentionRefine, AttentionReplace, LocalBlend, NullTextInversionPipeline
+from diffusers_ext import LocalBlend, NullTextInversionPipeline
+from diffusers_ext.attention import controller_for
 from diffusers_ext.hub import load_pipeline
 from diffusers_ext.imaging import to_pil
 from diffusers_ext.reports import save_image
@@ -50,17 +50,12 @@ def edits(pipe: NullTextInversionPipeline, picture: torch.Tensor, source: str, t
             inversions[method] = pipe.invert(
                 picture / 2 + 0.5, source, method, num_inference_steps=STEPS, guidance_scale=scale
             )
-        controller = carrier(pipe, prompts) if controlled else None
+        controller = controller_for(pipe.tokenizer, prompts, cross_replace_steps=SHARE) if controlled else None
         results[column] = edit(pipe, target, inversions[method], controller)
     blend = LocalBlend(pipe.tokenizer, prompts, [changed_word(source, target)] * 2)
-    results[BLENDED] = edit(pipe, target, inversions["direct"], carrier(pipe, prompts, blend))
+    controller = controller_for(pipe.tokenizer, prompts, cross_replace_steps=SHARE, local_blend=blend)
+    results[BLENDED] = edit(pipe, target, inversions["direct"], controller)
     return results
-
-
-def carrier(pipe: NullTextInversionPipeline, prompts: list[str], blend: LocalBlend | None = None) -> Any:
-    """Replacement needs as many words on both sides; else what the captions share is refined."""
-    kind = AttentionReplace if len({len(words.split()) for words in prompts}) == 1 else AttentionRefine
-    return kind(pipe.tokenizer, prompts, cross_replace_steps=SHARE, local_blend=blend)
 
 
 def edit(pipe: NullTextInversionPipeline, target: str, inversion: Any, controller: Any) -> torch.Tensor:

@@ -143,12 +143,9 @@ def _beside_inversion(pipe: Any, prompts: Sequence[str]) -> dict[str, Any]:
     """A controller of attention, and where noise comes from if the method draws any."""
     import torch
 
-    from . import AttentionRefine, AttentionReplace
+    from .attention import controller_for
 
-    # Words are swapped where all prompts have as many, else those that are new are added.
-    swaps = len({len(prompt.split()) for prompt in prompts}) == 1
-    controller = (AttentionReplace if swaps else AttentionRefine)(pipe.tokenizer, list(prompts))
-    return {"controller": controller, "generator": torch.Generator().manual_seed(0)}
+    return {"controller": controller_for(pipe.tokenizer, prompts), "generator": torch.Generator().manual_seed(0)}
 
 
 def restore(options: argparse.Namespace) -> None:

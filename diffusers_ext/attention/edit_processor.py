@@ -29,7 +29,13 @@ STANDARD_PROCESSORS = frozenset({
 
 
 class AttentionEdit(Protocol):
-    """What a processor asks of the run that it belongs to."""
+    """What a processor asks of the run that it belongs to.
+
+    The conditional rows are those of `sources` pictures, then one target of each picture in the same order, then the
+    second target of each, and so on.
+    """
+
+    sources: int
 
     def conditional_rows(self, rows: int) -> int:
         """First of the conditional rows in a batch, or -1 where nothing is to be done."""
@@ -44,7 +50,7 @@ class AttentionEdit(Protocol):
         """Whether self-attention of this size is replaced in this step."""
 
     def edit_cross(self, name: str, halvings: int, maps: torch.Tensor) -> torch.Tensor:
-        """Edited maps of the targets from those of all prompts."""
+        """Edited maps of the targets, of as many rows as there are targets, from those of all conditional rows."""
 
 
 class PromptToPromptProcessor(nn.Module):
@@ -91,13 +97,14 @@ class PromptToPromptProcessor(nn.Module):
             change = self._cross_change(attn, query, key, value, _part(attention_mask, first), halvings)
         elif self.edit.replaces_self(halvings):
             query, key, value = _queries_keys_values(attn, hidden_states, text, temb, first)
-            change = _self_change(attn, query, key, value, _part(attention_mask, first))
+            change = _self_change(attn, query, key, value, _part(attention_mask, first), self.edit.sources)
         else:
             return output
         change = _project(attn, change.to(output.dtype).transpose(1, 2).flatten(2))
         if output.ndim == 4:
             change = change.transpose(1, 2).unflatten(2, output.shape[2:])
-        return torch.cat([output[: first + 1], output[first + 1 :] + change])
+        first += self.edit.sources
+        return torch.cat([output[:first], output[first:] + change])
 
     def _cross_change(
         self,
@@ -110,8 +117,8 @@ class PromptToPromptProcessor(nn.Module):
     ) -> torch.Tensor:
         """`(A' - A) V` of the targets, `(targets, heads, positions, width)`."""
         maps = _attention_maps(attn, query, key, mask)
-        edited = self.edit.edit_cross(self.name, halvings, maps)
-        return (edited - maps[1:]) @ value[1:].to(maps.dtype)
+        edited, sources = self.edit.edit_cross(self.name, halvings, maps), self.edit.sources
+        return (edited - maps[sources:]) @ value[sources:].to(maps.dtype)
 
 
 def check_editable(layers: Mapping[str, Attention]) -> None:
@@ -183,7 +190,12 @@ def _attention_maps(
 
 
 def _self_change(
-    attn: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    attn: Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sources: int,
 ) -> torch.Tensor:
     """`(A_src - A) V` of the targets. The map of the source comes from its queries and keys and is never formed."""
     if mask is not None:
@@ -192,13 +204,13 @@ def _self_change(
         )
 
     def attend(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return F.scaled_dot_product_attention(query, key, value[1:], attn_mask=mask, scale=attn.scale)
+        return F.scaled_dot_product_attention(query, key, value[sources:], attn_mask=mask, scale=attn.scale)
 
     def of_source(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[:1].expand_as(tensor[1:]).contiguous()
+        return tensor[:sources].repeat(len(tensor) // sources - 1, *[1] * (tensor.ndim - 1))
 
     source = attend(of_source(query), of_source(key), None if mask is None else of_source(mask))
-    return source - attend(query[1:], key[1:], None if mask is None else mask[1:])
+    return source - attend(query[sources:], key[sources:], None if mask is None else mask[sources:])
 
 
 def _project(attn: Attention, change: torch.Tensor) -> torch.Tensor:

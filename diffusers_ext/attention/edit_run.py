@@ -33,6 +33,8 @@ class EditRun:
         num_steps (`int`): Sampling steps.
     """
 
+    sources = 1
+
     def __init__(self, controller: Edits, size: tuple[int, int], num_steps: int) -> None:
         self.controller = controller
         self.num_steps = num_steps

@@ -21,26 +21,22 @@ kept of a layer is kept under its name: a layer that runs twice, as under gradie
 changes nothing.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .alignment import Alignment, checked_prompts, prompt_words, refinement_mapper, replacement_mapper, text_length
-from .edit_processor import PromptToPromptProcessor, check_editable
+from .attached_edit import AttachedEdit
 from .edit_run import EditRun
 from .local_blend import LocalBlend
 from .maps import refine_words, replace_words, reweight_words
-from .self_attention import installed_processors
-from .word_steps import Share, checked_count, checked_share, checked_window, equalizer, word_schedule
+from .word_steps import Share, checked_share, checked_window, equalizer, word_schedule
 
 
-class AttentionController(ABC):
+class AttentionController(AttachedEdit[EditRun]):
     """What the controllers share: windows, local blend and protocol. Derive from it to edit maps in another way.
 
     Args:
@@ -88,7 +84,6 @@ class AttentionController(ABC):
         self.max_self_attention_resolution = checked_share(
             max_self_attention_resolution, "max_self_attention_resolution"
         )
-        self._run: EditRun | None = None
 
     @abstractmethod
     def edit_cross_attention(self, source: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -102,107 +97,15 @@ class AttentionController(ABC):
             `torch.Tensor` of shape `(targets, heads, positions, L)`: Edited maps of the targets.
         """
 
-    @contextmanager
-    def attach(self, unet: nn.Module, latents_shape: Sequence[int], num_inference_steps: int) -> Iterator[None]:
-        """Puts the edit into a UNet for the time of a `with` block. Every run begins anew.
-
-        The layers get their processors back at the end, also after an exception; an IP-Adapter's and LoRA act all the
-        time.
-
-        Args:
-            unet (`torch.nn.Module`): A `UNet2DConditionModel`, also compiled.
-            latents_shape (`Sequence[int]`): Shape of the latents, of which the last two sizes count.
-            num_inference_steps (`int`): Sampling steps, the whole to which shares of steps refer.
-
-        Raises:
-            TypeError: If `unet` is no module.
-            ValueError: If another argument is wrong, a processor's attention is not known, or a controller is attached
-            already.
-        """
-        if not isinstance(unet, nn.Module):
-            raise TypeError(f"unet={unet!r} is not a UNet; give `pipe.unet`")
-        if self._run is not None:
-            raise ValueError("this controller is attached already; leave its `with` block first, or make a second one")
-        steps = checked_count(num_inference_steps, "num_inference_steps")
-        size = _checked_size(latents_shape)
-        layers = {
-            name: module
-            for name, module in getattr(unet, "_orig_mod", unet).named_modules()
-            if isinstance(module, Attention)
-        }
-        check_editable(layers)
-        run = EditRun(self, size, steps)
+    def _begin(self, size: tuple[int, int], num_steps: int) -> EditRun:
+        self._run = EditRun(self, size, num_steps)
         if self.local_blend is not None:
-            self.local_blend.begin(size, steps)
-        try:
-            with installed_processors(layers, lambda name, before: PromptToPromptProcessor(name, run, before)):
-                self._run = run
-                yield
-        finally:
-            self._run = None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the network as it is for the time of a `with` block: for a pass of the unconditional half alone.
-
-        Raises:
-            ValueError: If the controller is not attached.
-        """
-        run = self._attached()
-        before, run.paused = run.paused, True
-        try:
-            yield
-        finally:
-            run.paused = before
-
-    def after_step(self, step: int, latents: torch.Tensor) -> torch.Tensor:
-        """Ends a sampling step: blends, and goes on to the next step's windows.
-
-        Args:
-            step (`int`): The step that ended, from 0.
-            latents (`torch.Tensor` of shape `(prompts, channels, height, width)`): Latents after it, the source first.
-
-        Returns:
-            `torch.Tensor`: The latents to go on with, the same ones without a local blend.
-
-        Raises:
-            ValueError: If the controller is not attached, or an argument does not fit.
-        """
-        run = self._attached()
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < run.num_steps:
-            raise ValueError(f"step={step!r} is not one of the {run.num_steps} steps, 0 to {run.num_steps - 1}")
-        wanted = (len(self.prompts), *run.sizes[0])
-        found = (
-            (len(latents), *latents.shape[-2:]) if isinstance(latents, torch.Tensor) and latents.ndim == 4 else None
-        )
-        if found != wanted:
-            shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(
-                f"latents has the shape {shape}; it must be ({wanted[0]}, channels, {wanted[1]}, {wanted[2]})"
-            )
-        run.step = step + 1
-        return latents if self.local_blend is None else self.local_blend(step, latents)
-
-    def callback_on_step_end(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """[`after_step`] as the pipelines of diffusers call it; hand it over as their argument of this name.
-
-        Args:
-            pipe (`DiffusionPipeline`): The pipeline.
-            step (`int`): The step that ended.
-            timestep (`int` or `torch.Tensor`): Its timestep.
-            tensors (`dict`): The pipeline's tensors, with `"latents"`.
-
-        Returns:
-            `dict`: `"latents"` to go on with.
-        """
-        return {"latents": self.after_step(step, tensors["latents"])}
-
-    def _attached(self) -> EditRun:
-        if self._run is None:
-            raise ValueError(
-                "the controller is not attached; call it inside `with controller.attach(unet, shape, steps):`"
-            )
+            self.local_blend.begin(size, num_steps)
         return self._run
+
+    def _end_step(self, step: int, latents: torch.Tensor) -> torch.Tensor:
+        self._attached().step = step + 1
+        return latents if self.local_blend is None else self.local_blend(step, latents)
 
 
 class AttentionReplace(AttentionController):
@@ -290,6 +193,21 @@ class AttentionRefine(AttentionController):
         return refine_words(source, own, self.mapper, self.aligned)
 
 
+def controller_for(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **settings: Any) -> AttentionController:
+    """The controller that fits prompts: [`AttentionReplace`] where all have as many words, else [`AttentionRefine`].
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The pipeline's tokenizer.
+        prompts (`list[str]`): The source's prompt, then the targets'.
+        settings: Further arguments of [`AttentionController`].
+
+    Raises:
+        ValueError: If an argument is wrong.
+    """
+    swaps = len({len(prompt.split()) for prompt in prompts}) == 1
+    return (AttentionReplace if swaps else AttentionRefine)(tokenizer, prompts, **settings)
+
+
 class AttentionReweight(AttentionController):
     """Makes words stronger or weaker, alone or after another controller.
 
@@ -353,10 +271,3 @@ class AttentionReweight(AttentionController):
     def edit_cross_attention(self, source: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         maps = source[None] if self.controller is None else self.controller.edit_cross_attention(source, own)
         return reweight_words(maps, self.weights)
-
-
-def _checked_size(latents_shape: Any) -> tuple[int, int]:
-    sizes = list(latents_shape)[-2:] if isinstance(latents_shape, (tuple, list)) else []
-    if len(sizes) != 2 or not all(isinstance(size, int) and 1 <= size <= 100_000 for size in sizes):
-        raise ValueError(f"latents_shape={latents_shape!r} does not end in a height and a width; give `latents.shape`")
-    return sizes[0], sizes[1]

@@ -291,14 +291,12 @@ def check_callback(callback: Any) -> None:
         raise TypeError(f"callback={callback!r} cannot be called; give a function of one InversionProgress, or None")
 
 
-def _rows(values: Mapping[str, Any], rows: slice, batch: int) -> dict[str, Any]:
+def _rows(value: Any, rows: slice, batch: int) -> Any:
     """The part of keyword arguments that belongs to some pictures; what is not a batch stays as it is."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found[name] = _rows(value, rows, batch)
-        elif isinstance(value, torch.Tensor):
-            found[name] = (value[rows] if value.ndim and len(value) == batch else value).clone()
-        else:
-            found[name] = value
-    return found
+    if isinstance(value, Mapping):
+        return {name: _rows(item, rows, batch) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rows(item, rows, batch) for item in value]
+    if isinstance(value, torch.Tensor):
+        return (value[rows] if value.ndim and len(value) == batch else value).clone()
+    return value

@@ -36,6 +36,11 @@ class InversionMethod:
     passes: Callable[..., tuple[int, int]]
     exact: str
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the keyword arguments that `function` has besides denoiser, latents and ladder."""
+        return tuple(inspect.signature(self.function).parameters)[3:]
+
 
 def _once(steps: int, **settings: Any) -> tuple[int, int]:
     return steps, 0
@@ -48,9 +53,8 @@ def _fixed_point(steps: int, iterations: int = 25, solver: str = "iterate", **se
 def _null_text(steps: int, schedule: str = "fast", inner_steps: int | None = None, **settings: Any) -> tuple[int, int]:
     plan = SCHEDULES[schedule]
     plan = replace(plan, inner_steps=inner_steps or plan.inner_steps)
-    # One on the way to the noise, one for the source prompt, and the rounds; the last needs no gradient, nor does a jump.
-    more, fewer = (0, 2 if plan.jumps else 1) if plan.keeps_best else (1, 0)
-    return steps * (2 + plan.inner_steps + more), steps * (plan.inner_steps - fewer)
+    # One on the way to the noise, one for the source prompt, and the rounds.
+    return steps * (2 + plan.evaluations), steps * plan.gradients
 
 
 def _direct(steps: int, guidance_scale: float | None = 7.5, **settings: Any) -> tuple[int, int]:
@@ -129,9 +133,8 @@ def invert(
     """
     if not isinstance(method, str) or method not in INVERSIONS:
         raise ValueError(f"method={method!r} is not one of {', '.join(INVERSIONS)}")
-    function = INVERSIONS[method].function
-    known = list(inspect.signature(function).parameters)[3:]
+    known = INVERSIONS[method].settings
     for name in settings:
         if name not in known:
             raise TypeError(f"{name}={settings[name]!r} is no setting of method={method!r}; it has {', '.join(known)}")
-    return function(denoiser, latents, ladder, **settings)
+    return INVERSIONS[method].function(denoiser, latents, ladder, **settings)

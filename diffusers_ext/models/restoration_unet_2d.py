@@ -103,7 +103,9 @@ class RestorationUNet2DModel(ModelMixin, ConfigMixin):
         widths = checked_counts("block_out_channels", block_out_channels)
         layers = [layers_per_block] * len(widths) if isinstance(layers_per_block, int) else layers_per_block
         depths = checked_counts("layers_per_block", layers)
-        checked_counts("in_channels, out_channels, embedding_dim", [in_channels, out_channels, embedding_dim])
+        scalars = {"in_channels": in_channels, "out_channels": out_channels, "embedding_dim": embedding_dim}
+        for name, value in scalars.items():
+            checked_counts(name, [value])
         if len(depths) != len(widths):
             raise ValueError(
                 f"layers_per_block={list(depths)} is not one number for each of block_out_channels={list(widths)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..attention import AttentionController
+from ..attention import AttentionController, ControllerGroup
 from ..guidance import Condition, join_conditions
 from ..inversion import DDIMLadder, Inverted, ddim_step, stochastic_step, with_guidance
 from ..inversion.bdia import laid_scheduler
@@ -28,13 +28,18 @@ class BranchNetwork:
 
     Args:
         unet (`torch.nn.Module`): The network.
-        controller ([`AttentionController`], *optional*): Attached to it; then the source is the first row.
+        controller ([`AttentionController`] or [`ControllerGroup`], *optional*):
+            Attached to it; then the sources are the first rows.
         follows (`bool`): Whether the source is put on stored states, so that it needs no guidance.
         kwargs (`dict`): Keyword arguments of every pass.
     """
 
     def __init__(
-        self, unet: Any, controller: AttentionController | None, follows: bool, kwargs: Mapping[str, Any]
+        self,
+        unet: Any,
+        controller: AttentionController | ControllerGroup | None,
+        follows: bool,
+        kwargs: Mapping[str, Any],
     ) -> None:
         self.unet, self.controller, self.follows, self.kwargs = unet, controller, follows, kwargs
         self.passes = 0

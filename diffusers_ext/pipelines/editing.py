@@ -149,17 +149,6 @@ class EditingMixin(ConditioningMixin):
         prompts = checked_prompts(prompt, "prompt")
         return prompts if pictures == 1 else spread(prompts, pictures, "prompt", "pictures")
 
-    def _start(self, latents: Any, inverted: torch.Tensor) -> torch.Tensor:
-        if latents is None:
-            return inverted
-        if not isinstance(latents, torch.Tensor) or latents.shape != inverted.shape:
-            found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"latents has the shape {found}; this call needs {tuple(inverted.shape)}")
-        latents = latents.to(inverted.device, inverted.dtype)
-        if not bool(torch.isfinite(latents).all()):
-            raise ValueError("latents holds values that are infinite or not a number; give finite ones")
-        return latents
-
     def _decode(
         self, latents: torch.Tensor, image_size: Sequence[int], generator: Any, output_type: str
     ) -> tuple[Any, list[bool] | None]:

@@ -32,6 +32,7 @@ from .inputs import (
     checked_prompts,
     checked_steps,
     checked_timesteps,
+    given_latents,
     images_to_tensor,
     same_shape,
     spread,
@@ -229,7 +230,7 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
         source = dict(self._condition(sources, *about, no_image))
         no_words = negative_prompt is None and not points_from_source
         negative = dict(self._condition(negatives, *about, no_image, no_words=no_words))
-        latents = self._start(latents, references[-1])
+        latents = references[-1] if latents is None else given_latents(latents, references[-1])
 
         step = GuidedStep(
             self.unet,

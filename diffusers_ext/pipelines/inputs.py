@@ -97,6 +97,17 @@ def same_shape(new: Any, old: torch.Tensor, name: str) -> torch.Tensor:
     return new
 
 
+def given_latents(latents: Any, like: torch.Tensor) -> torch.Tensor:
+    """Start latents that a caller gave, on the device and in the precision of those that they stand for."""
+    if not isinstance(latents, torch.Tensor) or latents.shape != like.shape:
+        found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ValueError(f"latents has the shape {found}; this call needs {tuple(like.shape)}")
+    latents = latents.to(like)
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError("latents holds values that are infinite or not a number; give finite ones")
+    return latents
+
+
 def check_text_to_image(unet: Any, vae: Any, addition_embed_type: str | None = None) -> None:
     """Refuses the networks that have the same component names but take other inputs.
 
@@ -209,7 +220,7 @@ def _scaled(tensor: torch.Tensor, height: int | None, width: int | None) -> torc
     return F.interpolate(tensor, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def check_step_callback(callback_on_step_end: Any, tensor_inputs: Any, known: Sequence[str]) -> None:
+def check_step_callback(callback_on_step_end: Any, tensor_inputs: Any = (), known: Sequence[str] = ()) -> None:
     """Raises unless a callback can be called and wants tensors that there are.
 
     Raises:

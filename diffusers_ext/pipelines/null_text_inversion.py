@@ -14,7 +14,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..attention import AttentionController
+from ..attention import AttentionController, ControllerGroup
 from ..guidance import Condition
 from ..inversion import DEFAULT_INVERSION, INVERSIONS, DDIMLadder, InversionOutput, Inverted
 from ..schedulers.noise import check_generator
@@ -30,6 +30,7 @@ from .inputs import (
     checked_prompts,
     checked_steps,
     checked_timesteps,
+    given_latents,
     images_to_tensor,
     same_shape,
     spread,
@@ -53,7 +54,7 @@ class NullTextInversionMixin(PictureInversionMixin):
         self,
         prompt: str | list[str] | None = None,
         inversion: InversionOutput | None = None,
-        controller: AttentionController | None = None,
+        controller: AttentionController | list[AttentionController] | None = None,
         guidance_scale: float = 7.5,
         negative_prompt: str | list[str] | None = None,
         image: PipelineImage | None = None,
@@ -87,10 +88,11 @@ class NullTextInversionMixin(PictureInversionMixin):
                 pictures one for all or one each.
             inversion ([`InversionOutput`], *optional*):
                 Result of [`invert`] with the same model. It says how many steps there are.
-            controller ([`AttentionController`], *optional*):
+            controller ([`AttentionController`] or a list of them, *optional*):
                 Carries the source's attention over to the edits: an `AttentionReplace`, `AttentionRefine` or
-                `AttentionReweight` that was made for `[source prompt, *prompt]`. For a single picture. Shares of the steps
-                refer to those that are run.
+                `AttentionReweight` that was made for `[source prompt, *prompt]`. For several pictures a list with one for
+                each, made for its source prompt and its prompt; see [`ControllerGroup`] for what they have in common.
+                Shares of the steps refer to those that are run.
             guidance_scale (`float`, *optional*, defaults to 7.5):
                 Strength w of the prompts; at 1 and below without guidance. Must be that of a `"null_text"` inversion.
             negative_prompt (`str` or `list[str]`, *optional*):
@@ -174,7 +176,7 @@ class NullTextInversionMixin(PictureInversionMixin):
             pixels = images_to_tensor(image, height, width)
             sources = spread(checked_prompts(source_prompt, "source_prompt"), len(pixels), "source_prompt", "pictures")
             prompts = self._results(prompt, len(pixels))
-            self._check_run(controller, sources, prompts, inversion_method, skip, len(ladder), latents)
+            attached = self._check_run(controller, sources, prompts, inversion_method, skip, len(ladder), latents)
             check_generator(generator, len(prompts))
             of_pictures = generator[:1] if isinstance(generator, list) and len(pixels) == 1 else generator
             adapters = (ip_adapter_image, ip_adapter_image_embeds)
@@ -194,12 +196,12 @@ class NullTextInversionMixin(PictureInversionMixin):
             check_generator(generator, len(prompts))
             ladder = self._ladder_of(inversion, num_inference_steps, source_prompt, guidance_scale)
             method = inversion.config["method"]
-            self._check_run(controller, inversion.prompt, prompts, method, skip, len(ladder), latents)
+            attached = self._check_run(controller, inversion.prompt, prompts, method, skip, len(ladder), latents)
 
         device, pictures = self._execution_device, len(inversion.prompt)
         inverted = _on(inversion.inverted, device)
         follows, repeats = inverted.method in FOLLOWS, len(prompts) // pictures
-        runs_source = controller is not None or (return_source and not follows)
+        runs_source = attached is not None or (return_source and not follows)
         image_embeds, no_image = self._image_prompts(ip_adapter_image, ip_adapter_image_embeds, len(prompts))
         about = (inversion.config["image_size"], (cross_attention_kwargs or {}).get("scale"))
         of_source = no_image and [embeds[:pictures] for embeds in no_image]
@@ -222,14 +224,15 @@ class NullTextInversionMixin(PictureInversionMixin):
         finds_negative = negative_prompt is None
 
         stepper = EditSteps(inverted, ladder, repeats, skip)
-        latents = self._start(latents, stepper.repeated(stepper.state(stepper.first)))
+        start = stepper.repeated(stepper.state(stepper.first))
+        latents = start if latents is None else given_latents(latents, start)
         source = stepper.state(stepper.first) if runs_source else None
         kwargs = {"cross_attention_kwargs": cross_attention_kwargs}
-        network = BranchNetwork(self.unet, controller, follows, kwargs)
+        network = BranchNetwork(self.unet, attached, follows, kwargs)
         self._num_timesteps = len(ladder) - stepper.first
         with ExitStack() as stack:
-            if controller is not None:
-                stack.enter_context(controller.attach(self.unet, tuple(latents.shape), self._num_timesteps))
+            if attached is not None:
+                stack.enter_context(attached.attach(self.unet, tuple(latents.shape), self._num_timesteps))
             progress_bar = stack.enter_context(self.progress_bar(total=self._num_timesteps))
             for i in range(self._num_timesteps):
                 if self.interrupt:
@@ -251,8 +254,8 @@ class NullTextInversionMixin(PictureInversionMixin):
                 if source is not None:
                     source = stepper.state(step + 1) if follows else stepper.source(output[:rows], source, step)
                 check_finite(latents, f"the latents after step {i} (timestep {int(t)})", self.unet.dtype)
-                if controller is not None and source is not None:
-                    together = controller.after_step(i, torch.cat([source, latents]))
+                if attached is not None and source is not None:
+                    together = attached.after_step(i, torch.cat([source, latents]))
                     source, latents = together[:rows], together[rows:]
 
                 if callback_on_step_end is not None:
@@ -262,7 +265,7 @@ class NullTextInversionMixin(PictureInversionMixin):
                         "negative_prompt_embeds": negative["encoder_hidden_states"],
                     }
                     shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    with nullcontext() if controller is None else controller.paused():
+                    with nullcontext() if attached is None else attached.paused():
                         changed = callback_on_step_end(self, i, t, shown) or {}
                     tensors |= {
                         name: same_shape(changed.get(name, tensor), tensor, name) for name, tensor in tensors.items()
@@ -316,10 +319,12 @@ class NullTextInversionMixin(PictureInversionMixin):
         checked_prompts(prompt, "prompt")
         if negative_prompt is not None:
             checked_prompts(negative_prompt, "negative_prompt")
-        if controller is not None and not isinstance(controller, AttentionController):
+        if isinstance(controller, (list, tuple)):
+            ControllerGroup(controller, "controller")
+        elif controller is not None and not isinstance(controller, AttentionController):
             raise TypeError(
                 f"controller={controller!r} is not a controller of attention; give an AttentionReplace, AttentionRefine or "
-                "AttentionReweight, or None"
+                "AttentionReweight, a list with one for each picture, or None"
             )
         checked_number(guidance_scale, "guidance_scale", 0.0, float("inf"))
         checked_choice(inversion_method, "inversion_method", tuple(INVERSIONS))
@@ -358,24 +363,16 @@ class NullTextInversionMixin(PictureInversionMixin):
 
     def _check_run(
         self,
-        controller: AttentionController | None,
+        controller: AttentionController | list[AttentionController] | None,
         sources: list[str],
         prompts: list[str],
         method: str,
         skip: int,
         steps: int,
         latents: Any,
-    ) -> None:
-        """What can be said once pictures, prompts and steps are known."""
-        if controller is not None and len(sources) > 1:
-            raise ValueError(
-                f"controller belongs to one picture, the call has {len(sources)}; edit them in a call each, or without controller"
-            )
-        if controller is not None and controller.prompts != [*sources, *prompts]:
-            raise ValueError(
-                f"controller was made for the prompts {controller.prompts}, the call has {[*sources, *prompts]}, the source's "
-                "first; make it for these"
-            )
+    ) -> AttentionController | ControllerGroup | None:
+        """What can be said once pictures, prompts and steps are known. Gives what is to be attached."""
+        attached = _attached(controller, sources, prompts)
         if not skip < steps:
             raise ValueError(f"skip={skip} leaves none of the {steps} steps; use at most {steps - 1}")
         if method == "bdia" and (skip or latents is not None):
@@ -383,6 +380,31 @@ class NullTextInversionMixin(PictureInversionMixin):
             raise ValueError(
                 f"{name}={value} is not possible with method='bdia', which starts from its own pair of states; leave it out"
             )
+        return attached
+
+
+def _attached(
+    controller: AttentionController | list[AttentionController] | None, sources: list[str], prompts: list[str]
+) -> AttentionController | ControllerGroup | None:
+    """A controller, or one for each picture as one, that was made for these prompts."""
+    if controller is None:
+        return None
+    several = isinstance(controller, (list, tuple))
+    each = list(controller) if isinstance(controller, (list, tuple)) else [controller]
+    pictures = len(sources)
+    if not several and pictures > 1:
+        raise ValueError(f"controller belongs to one picture, the call has {pictures}; give a list with one for each")
+    if len(each) != pictures:
+        raise ValueError(f"controller holds {len(each)} controllers for {pictures} pictures; give one for each")
+    for number, (one, source) in enumerate(zip(each, sources, strict=True)):
+        wanted = [source, *prompts[number::pictures]]
+        if one.prompts != wanted:
+            name = f"controller[{number}]" if several else "controller"
+            raise ValueError(
+                f"{name} was made for the prompts {one.prompts}, the call has {wanted}, the source's first; make it for "
+                "these"
+            )
+    return ControllerGroup(each, "controller") if pictures > 1 else each[0]
 
 
 class _NullText:

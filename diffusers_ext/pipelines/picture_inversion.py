@@ -1,6 +1,5 @@
 """`invert()` by any method of `diffusers_ext.inversion`, for pipelines of Stable Diffusion 1.x, 2.x and XL."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from .inputs import (
     check_finite,
     check_kwargs,
     check_size,
+    check_step_callback,
     checked_choice,
     checked_number,
     checked_prompts,
@@ -107,8 +107,7 @@ class PictureInversionMixin(EditingMixin):
         chosen = self._method_settings(method, guidance_scale, settings)
         check_size(height, width)
         check_kwargs(cross_attention_kwargs)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise TypeError(f"callback_on_step_end={callback_on_step_end!r} cannot be called")
+        check_step_callback(callback_on_step_end)
         if not isinstance(gradient_checkpointing, bool):
             raise ValueError(f"gradient_checkpointing={gradient_checkpointing!r} is not True or False")
         ladder = self._ladder(num_inference_steps, timesteps)
@@ -142,7 +141,7 @@ class PictureInversionMixin(EditingMixin):
     ) -> dict[str, Any]:
         """Keyword arguments of the method's function."""
         checked_choice(method, "method", tuple(INVERSIONS))
-        known = list(inspect.signature(INVERSIONS[method].function).parameters)[3:]
+        known = INVERSIONS[method].settings
         if settings is not None and not isinstance(settings, Mapping):
             raise TypeError(f"{name_of_settings}={settings!r} is not a dict; give settings of the method by name")
         chosen = dict(settings or {})
@@ -228,7 +227,7 @@ class PictureInversionMixin(EditingMixin):
         def network(
             latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor, **extra: Any
         ) -> torch.Tensor:
-            condition = {"encoder_hidden_states": embeddings, **_with_lists(extra)}
+            condition = {"encoder_hidden_states": embeddings, **extra}
             outputs = []
             for row in range(len(latents)):
                 rows = slice(row, row + 1)
@@ -305,20 +304,6 @@ def checkpointing(network: Any, wanted: bool) -> Iterator[None]:
 
 
 def _split(condition: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Text embeddings, and all else without lists: a denoiser cuts a batch in tensors and dicts only."""
-    extra = {name: value for name, value in condition.items() if name != "encoder_hidden_states"}
-    return condition["encoder_hidden_states"], _without_lists(extra)
-
-
-def _without_lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_lists(item) for key, item in value.items()}
-    return dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
-
-
-def _with_lists(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    if value and all(isinstance(key, int) for key in value):
-        return list(value.values())
-    return {key: _with_lists(item) for key, item in value.items()}
+    """Text embeddings, and all else."""
+    extra = dict(condition)
+    return extra.pop("encoder_hidden_states"), extra

@@ -30,6 +30,7 @@ from .inputs import (
     checked_choice,
     checked_number,
     checked_steps,
+    given_latents,
     images_to_tensor,
     pad_to_multiple,
     same_shape,
@@ -268,12 +269,7 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
             noise = noise_scale * drawn_noise(wide, generator)
             start = self.scheduler.prepare_initial(wide, noise=noise, timestep=timestep)
             return start.to(mean.dtype)
-        if not isinstance(latents, torch.Tensor) or latents.shape != mean.shape:
-            found = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"latents has the shape {found}; this call needs {tuple(mean.shape)}")
-        if not bool(torch.isfinite(latents).all()):
-            raise ValueError("latents holds values that are infinite or not a number; give finite ones")
-        return latents.to(mean)
+        return given_latents(latents, mean)
 
     def _pictures(self, sample: torch.Tensor) -> torch.Tensor:
         if self.vae is None:

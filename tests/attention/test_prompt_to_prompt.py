@@ -20,6 +20,7 @@ from diffusers_ext.attention import (
     AttentionReplace,
     AttentionReweight,
     LocalBlend,
+    controller_for,
     word_schedule,
 )
 from tests.helpers.tiny_models import (
@@ -463,3 +464,10 @@ def test_unknown_processors_networks_without_text_and_two_controllers_at_once_ar
         with pytest.raises(ValueError, match="attached already"), one.attach(UNET, (16, 16), 4):
             pass
     assert isinstance(next(iter(UNET.attn_processors.values())), AttnProcessor2_0)
+
+
+def test_the_controller_that_fits_swaps_words_where_their_number_is_equal() -> None:
+    swaps = controller_for(TOKENIZER, ["a red star", "a blue star"], self_replace_steps=0.25)
+    adds = controller_for(TOKENIZER, ["a red star", "a striped red star"])
+    assert type(swaps) is AttentionReplace and type(adds) is AttentionRefine
+    assert swaps.self_replace_steps == (0.0, 0.25)

@@ -159,6 +159,16 @@ def _controller(*prompts: str) -> Made:
     return Made(f"<controller of {prompts}>", make)
 
 
+def _controllers(*pairs: tuple[str, ...]) -> Made:
+    """A list with one of each prompts; the first is there twice."""
+
+    def make(rng: random.Random) -> Any:
+        made = [_controller(*prompts).make(rng) for prompts in pairs]
+        return made if rng.random() < 0.5 else [*made, made[0]]
+
+    return Made(f"<controllers of {pairs}>", make)
+
+
 def _invert_by(method: Any, **arguments: Any) -> Any:
     pipeline: Any = shared_pipeline("NullTextInversionPipeline")
     return pipeline.invert(method=method, **arguments)
@@ -220,7 +230,12 @@ BY_ATTENTION: dict[str, Argument] = {
         ],
     ),
     "controller": Argument(
-        good=[None], bad=[5, "replace", [], {}, object, AttentionReplace, _controller("a", "c"), _controller("b", "b")]
+        good=[None],
+        bad=[
+            5, "replace", [], {}, object, AttentionReplace, _controller("a", "c"), _controller("b", "b"), [None], ["a"],
+            [[]], (5,), _controllers(("a", "c")), _controllers(("b", "b")), _controllers(("a", "b"), ("a", "b")),
+            _controllers(("a", "b"), ("a", "b", "c")),
+        ],
     ),
     "inversion_method": Argument(good=["direct", "ddim", "negative_prompt", "edit_friendly"], bad=TYPOS),
     "inversion_settings": Argument(good=[None, {}], bad=[5, "x", [1], {"x": 1}, {5: 1}, {"callback": None}, object]),
