@@ -4,10 +4,10 @@
 
 Every row runs in a process of its own that does nothing else, and the figure is the largest resident set of that process, weights,
 libraries and all (on a GPU: what torch had allocated at most). The demo model is computed, whole pipeline included. The large
-network has random weights, on which memory does not depend, and does three rounds of one step, after which memory grows no more;
-on a CPU it is run without its arithmetic (`stand_in_arithmetic.py`), which holds the same tensors. The text encoder and the
-autoencoder of the large model are not built: with `enable_model_cpu_offload()` they are away while the optimisation runs, else
-they add 0.8 GB in float32.
+network has random weights, on which memory does not depend, and does one step, after which memory grows no more; on a CPU it is
+run without its arithmetic (`stand_in_arithmetic.py`), which holds the same tensors. The text encoder and the autoencoder of the
+large model are not built: with `enable_model_cpu_offload()` they are away while the optimisation runs, else they add 0.8 GB
+in float32.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def of_large_network(device: str, dtype_name: str, checkpointing: bool) -> dict[
     ladder = DDIMLadder.from_scheduler_config(DDIMScheduler(clip_sample=False).config, 1)
     arithmetic: Any = StandInArithmetic() if torch.device(device).type == "cpu" else nullcontext()
     with arithmetic:
-        null_text_inversion(Denoiser(network, source, null, dtype), latents, ladder, inner_steps=3, early_stop=0.0)
+        null_text_inversion(Denoiser(network, source, null, dtype), latents, ladder, early_stop=0.0)
     weights = sum(p.numel() * p.element_size() for p in unet.parameters())
     return {"peak_gb": round(peak(device) / 1e9, 2), "weights_gb": round(weights / 1e9, 2)}
 

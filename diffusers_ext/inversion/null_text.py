@@ -8,19 +8,22 @@ inversion and S(z, u) a sampling step whose guidance points away from embeddings
 
 The authors take ten rounds of Adam at rate 1e-2 (1 - i/100) in step i, stop a step's rounds where the loss is below
 1e-5 + 2e-5 i, and evaluate the network twice more with what was found: up to 1 + 10 * 2 + 2 forward and backward passes a
-step. `schedule="official"` gives their embeddings. The default spends at most 11:
+step. `schedule="official"` gives their embeddings. The default spends at most 8:
 
-* the source prompt's pass is made once a step, for the state does not change while u does;
-* the best of the evaluated embeddings is kept, with the state it led to, so nothing is evaluated after the last round;
-* fewer rounds at a higher rate, and a jump to the last one, which needs no gradient: S is nearly linear in u, so the changes of
-  u made so far, each with the change of the network's output that it brought, tell which combination of them lowers the
-  loss most. Changes of former steps serve as well, for the network answers alike at neighbouring levels.
+* The source prompt's pass is made once a step, for the state does not change while u does.
+* The best of the evaluated embeddings is kept, with the state it led to, so nothing is evaluated after the last round.
+* The second and the last round are reached by a jump, which needs no gradient. S is nearly linear in u, so changes of u, each
+  with the change of the network's output that it brings, tell which combination of them lowers the loss most. One such
+  change is free: that from u to the embeddings of the source prompt, whose pass has been made. The others are those of the rounds
+  before. The first jump thus goes as far towards negative-prompt inversion as the loss falls; the last one puts right
+  what Adam's rounds between them, at a higher rate than the authors', have left.
 
 States, embeddings and Adam are in float32, whatever the network is in.
 """
 
-from collections import deque
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +42,7 @@ from .denoiser import (
 from .fixed_point import least_residual_weights
 
 
-RIDGE = 1e-1  # of the mean square of the changes: those of other steps are only nearly right
+RIDGE = 2e-2  # of the mean square of the changes: over their lengths S is only nearly linear
 
 
 @dataclass(frozen=True)
@@ -49,26 +52,30 @@ class NullTextSchedule:
     Attributes:
         inner_steps (`int`): Rounds at most.
         learning_rate (`float`): Adam's, in the first step.
-        keeps_best (`bool`): Whether the best evaluated embeddings are taken, with a jump to the last round; else those after
-            the last round, which costs one more evaluation.
+        jumps (`bool`): Whether the second and the last round are reached by a jump, and the best evaluated embeddings are
+            taken; else every round is one of Adam's, and those after the last are taken, which costs one more evaluation.
         decay_over (`int`, *optional*): The rate falls linearly and would be 0 after so many steps; None stands for twice the
             steps of the run.
     """
 
     inner_steps: int
     learning_rate: float
-    keeps_best: bool
+    jumps: bool
     decay_over: int | None = None
 
     @property
-    def jumps(self) -> bool:
-        """Whether the last round is reached by a jump, for which there must have been two others."""
-        return self.keeps_best and self.inner_steps >= 3
+    def evaluations(self) -> int:
+        """Forward passes of a step at most, without that of the source prompt."""
+        return self.inner_steps + (0 if self.jumps else 1)
 
     @property
-    def memory(self) -> int:
-        """Changes of embeddings that a jump may combine."""
-        return 4 * self.inner_steps
+    def gradients(self) -> int:
+        """Backward passes of a step at most."""
+        return sum(self.descends(number) for number in range(self.inner_steps))
+
+    def descends(self, number: int) -> bool:
+        """Whether a round, counted from 0, ends with a step of Adam."""
+        return not self.jumps or 0 < number < self.inner_steps - 2
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate in a step, counted from 0 at the noisy end; never below 1 % of the first."""
@@ -76,8 +83,8 @@ class NullTextSchedule:
 
 
 SCHEDULES = {
-    "fast": NullTextSchedule(inner_steps=6, learning_rate=1e-1, keeps_best=True),
-    "official": NullTextSchedule(inner_steps=10, learning_rate=1e-2, keeps_best=False, decay_over=100),
+    "fast": NullTextSchedule(inner_steps=5, learning_rate=5e-2, jumps=True),
+    "official": NullTextSchedule(inner_steps=10, learning_rate=1e-2, jumps=False, decay_over=100),
 }
 
 
@@ -103,8 +110,8 @@ def null_text_inversion(
         ladder ([`DDIMLadder`]): Timesteps and levels.
         guidance_scale (`float`, *optional*, defaults to 7.5): That of the sampling, not 1.
         schedule (`str`, *optional*, defaults to `"fast"`): `"fast"`, or `"official"` for the authors' rounds and rate.
-        inner_steps (`int`, *optional*): Rounds in each step instead of the schedule's 6 or 10.
-        learning_rate (`float`, *optional*): Adam's rate in the first step instead of the schedule's 1e-1 or 1e-2.
+        inner_steps (`int`, *optional*): Rounds in each step instead of the schedule's 5 or 10.
+        learning_rate (`float`, *optional*): Adam's rate in the first step instead of the schedule's 5e-2 or 1e-2.
         early_stop (`float`, *optional*, defaults to 1e-5): A step's rounds end below this loss + 2e-5 times its number.
         callback (`Callable`, *optional*): Gets an [`InversionProgress`] after every step of the inversion and every round,
             with the loss.
@@ -166,20 +173,27 @@ def null_text_inversion(
         for picture in range(len(start)):
             part, rows = denoiser.part(picture), slice(picture, picture + 1)
             state, embeddings = inverted.latents[-1, rows], null[rows]
-            changes: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=plan.memory)
             for step in range(steps):
                 target = inverted.latents[steps - 1 - step, rows]
-                search = _Step(part, ladder, step, picture, state, target, guidance_scale, changes)
+                search = _Step(part, ladder, step, picture, state, target, guidance_scale)
                 try:
                     embeddings, state = search.run(embeddings, plan, early_stop, callback)
                 except InversionStoppedError as error:
-                    found[: steps - step, rows] = search.best[0]
+                    found[: steps - step, rows] = search.best.embeddings
                     error.best = result()
                     raise
                 finally:
                     forward, backward = forward + search.forward, backward + search.backward
                 found[steps - 1 - step, rows] = embeddings
         return result()
+
+
+class _Point(NamedTuple):
+    """Evaluated embeddings, what the network says with them, and the state that follows."""
+
+    embeddings: torch.Tensor
+    output: torch.Tensor
+    following: torch.Tensor
 
 
 class _Step:
@@ -194,19 +208,17 @@ class _Step:
         state: torch.Tensor,
         target: torch.Tensor,
         guidance_scale: float,
-        changes: deque[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         self.denoiser, self.ladder, self.step, self.picture = denoiser, ladder, step, picture
         self.state, self.target, self.guidance_scale = state, target, guidance_scale
-        self.changes = changes
-        self.last: tuple[torch.Tensor, torch.Tensor] | None = None
         self.timestep = ladder.timesteps[step]
         # Copies, because autograd refuses what was made in inference mode.
         before, after = ladder.sampling_levels(step)
         self.levels = before.clone(), after.clone()
         self.source = denoiser.source(state, self.timestep)
         self.forward, self.backward = 1, 0
-        self.best = (denoiser.null_embeddings.to(state.dtype), state)
+        self.points: list[_Point] = []
+        self.best = _Point(denoiser.null_embeddings.to(state.dtype), self.source, state)
 
     def run(
         self,
@@ -216,28 +228,28 @@ class _Step:
         callback: InversionCallback | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The embeddings found, and the state to which they lead."""
-        self.best = (embeddings, self.state)
+        self.best = self.best._replace(embeddings=embeddings)
         variable = embeddings.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([variable], lr=plan.rate(self.step, len(self.ladder)))
         enough, lowest = early_stop + 2e-5 * self.step, float("inf")
         for number in range(plan.inner_steps):
-            with torch.enable_grad():
-                following = self._following(variable)
-                total = (following - self.target).square().sum()
+            with torch.set_grad_enabled(plan.descends(number)):
+                point = self._evaluated(variable)
+                total = (point.following - self.target).square().sum()
             loss = float(total.detach()) / self.target.numel()
             self._check(loss, number)
             if loss < lowest:
-                lowest, self.best = loss, (variable.detach().clone(), following.detach())
+                lowest, self.best = loss, self.points[-1]
             if callback is not None:
                 callback(
                     InversionProgress(
                         "optimisation", self.step, len(self.ladder), int(self.timestep), self.picture, number, loss
                     )
                 )
-            if plan.keeps_best and (loss < enough or number + 1 == plan.inner_steps):
-                return self.best
-            if plan.jumps and number + 2 == plan.inner_steps:
-                variable.copy_(self._jump(variable.detach(), following.detach()))
+            if plan.jumps and (loss < enough or number + 1 == plan.inner_steps):
+                return self.best.embeddings, self.best.following
+            if not plan.descends(number):
+                variable.copy_(self._jump())
                 continue
             # Of the sum, divided afterwards: in a half-precision network the gradient of the mean would underflow.
             (gradient,) = torch.autograd.grad(total, [variable])
@@ -246,28 +258,28 @@ class _Step:
             optimizer.step()
             if loss < enough:
                 break
-        final = variable.detach()
-        following = self._following(final)
-        self._check(float((following - self.target).square().mean()), plan.inner_steps)
-        return final, following
+        final = self._evaluated(variable.detach())
+        self._check(float((final.following - self.target).square().mean()), plan.inner_steps)
+        return final.embeddings, final.following
 
-    def _following(self, embeddings: torch.Tensor) -> torch.Tensor:
+    def _evaluated(self, embeddings: torch.Tensor) -> _Point:
         self.forward += 1
-        null = self.denoiser.null(self.state, self.timestep, embeddings)
-        here = embeddings.detach().clone(), null.detach()
-        if self.last is not None:
-            self.changes.append((here[0] - self.last[0], here[1] - self.last[1]))
-        self.last = here
-        output = with_guidance(null, self.source, self.guidance_scale)
-        return ddim_step(output, self.state, *self.levels, self.ladder.prediction_type)
+        output = self.denoiser.null(self.state, self.timestep, embeddings)
+        guided = with_guidance(output, self.source, self.guidance_scale)
+        following = ddim_step(guided, self.state, *self.levels, self.ladder.prediction_type)
+        self.points.append(_Point(embeddings.detach().clone(), output.detach(), following.detach()))
+        return _Point(embeddings, output, following)
 
-    def _jump(self, embeddings: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-        """Embeddings that would lower the loss most if S were linear in them, within the changes made so far."""
-        _, predicted = sampling_factors(*self.levels, self.ladder.prediction_type)
-        moves = torch.stack([move for move, _ in self.changes])
-        shifts = torch.stack([shift.flatten() for _, shift in self.changes]) * predicted * (1 - self.guidance_scale)
-        weights = least_residual_weights((following - self.target).flatten(), shifts, ridge=RIDGE)
-        return embeddings - torch.einsum("n,n...->...", weights.to(moves), moves)
+    def _jump(self) -> torch.Tensor:
+        """Embeddings that would lower the loss most if S were linear in them, among those that the known changes reach."""
+        here, (_, predicted) = self.best, sampling_factors(*self.levels, self.ladder.prediction_type)
+        source = _Point(self.denoiser.source_embeddings.to(here.embeddings), self.source, here.following)
+        changes = [(here, source), *pairwise(self.points)]
+        moves = torch.stack([after.embeddings - before.embeddings for before, after in changes])
+        shifts = torch.stack([(after.output - before.output).flatten() for before, after in changes])
+        shifts = shifts * predicted * (1 - self.guidance_scale)
+        weights = least_residual_weights((here.following - self.target).flatten(), shifts, ridge=RIDGE)
+        return here.embeddings - torch.einsum("n,n...->...", weights.to(moves), moves)
 
     def _check(self, loss: float, number: int) -> None:
         if not loss < float("inf"):

@@ -25,7 +25,7 @@ STEPS = 3
 SOURCE, EDIT, OTHER = "a red cat", "a red dog", "a tan cat"
 # Settings in which the small random network is inverted quickly.
 QUICK: dict[str, dict[str, Any]] = {
-    "fixed_point": {"iterations": 2}, "null_text": {"inner_steps": 2, "early_stop": 0.0},
+    "fixed_point": {"iterations": 2}, "null_text": {"inner_steps": 4, "early_stop": 0.0},
 }  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def test_a_controller_of_other_prompts_or_for_several_pictures_is_refused(pipe, 
         pipe(EDIT, inversion=inversion, controller=controller)
     two = pipe.invert([PICTURE, PICTURE], SOURCE, num_inference_steps=2)
     with pytest.raises(
-        ValueError, match="controller belongs to one picture, the call has 2; edit them in a call each"
+        ValueError, match="controller belongs to one picture, the call has 2; give a list with one for each"
     ):
         pipe("a tan cat", inversion=two, controller=controller)
 

@@ -22,7 +22,7 @@ from tests.pipelines.test_guide_and_rescale_sdxl import components, picture
 STEPS = 3
 SOURCE, EDIT = "a red cat", "a red dog"
 QUICK: dict[str, dict[str, Any]] = {
-    "fixed_point": {"iterations": 2}, "null_text": {"inner_steps": 2, "early_stop": 0.0},
+    "fixed_point": {"iterations": 2}, "null_text": {"inner_steps": 4, "early_stop": 0.0},
 }  # fmt: skip
 
 

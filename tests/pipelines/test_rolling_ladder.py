@@ -119,6 +119,57 @@ def test_conditions_are_pulled_no_further_than_the_window() -> None:
     assert seen == [6, 8, 10, 12]
 
 
+@pytest.mark.parametrize(("lookahead", "expected"), [(2, [2, 4, 6, 8]), (3, [3, 5, 7, 9]), (6, [6, 8, 10, 12])])
+def test_conditions_are_pulled_no_further_than_the_lookahead(lookahead: int, expected: list[int]) -> None:
+    pulled = 0
+
+    def microphone() -> Iterator[torch.Tensor]:
+        nonlocal pulled
+        for feature in features(40)[0]:
+            pulled += 1
+            yield feature
+
+    stream = PIPE.stream(microphone(), generator=seeded(), lookahead=lookahead)
+    seen = []
+    for _ in expected:
+        next(stream)
+        seen.append(pulled)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("warmup", ["init", "pad"])
+def test_a_lookahead_of_the_window_is_the_default(warmup: str) -> None:
+    cond = features(15, 2)
+    plain = PIPE(cond, generator=seeded(), warmup=warmup, guidance_scale=2.0).frames
+    assert torch.equal(PIPE(cond, generator=seeded(), warmup=warmup, guidance_scale=2.0, lookahead=6).frames, plain)
+    assert not torch.allclose(PIPE(cond, generator=seeded(), warmup=warmup, lookahead=4).frames, plain)
+
+
+@pytest.mark.parametrize("warmup", ["init", "pad"])
+@pytest.mark.parametrize("lookahead", [2, 3, 5])
+def test_a_frame_depends_on_conditions_up_to_the_lookahead_only(lookahead: int, warmup: str) -> None:
+    cond = features(24)
+    changed = cond.clone()
+    changed[:, 12:] *= -1.0
+    here, there = (PIPE(c, generator=seeded(), lookahead=lookahead, warmup=warmup).frames for c in (cond, changed))
+    # the chunk that begins at frame f is made when conditions up to f + lookahead have arrived
+    same = 2 * ((12 - lookahead) // 2 + 1)
+    assert torch.equal(here[:, :same], there[:, :same])
+    assert (here[:, same : same + 2] - there[:, same : same + 2]).abs().amax() > 1e-6
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 6, 7, 12, 13])
+@pytest.mark.parametrize("lookahead", [2, 3, 5, 6])
+@pytest.mark.parametrize("warmup", ["init", "pad"])
+def test_every_condition_has_its_frame_with_any_lookahead(frames: int, lookahead: int, warmup: str) -> None:
+    cond = features(frames)
+    made = PIPE(cond, generator=seeded(), lookahead=lookahead, warmup=warmup)
+    assert made.frames.shape[1] == frames
+    # two evaluations a roll; three rolls bring padding out, or two rungs of warm-up lead to the steady state
+    assert made.network_evaluations == 2 * (math.ceil(frames / 2) + (3 if warmup == "pad" else 2))
+    assert torch.equal(PIPE(iter(cond[0]), generator=seeded(), lookahead=lookahead, warmup=warmup).frames, made.frames)
+
+
 def test_every_kind_of_iterable_gives_the_same() -> None:
     cond = features(9)
     expected = PIPE(cond, generator=seeded()).frames
@@ -178,6 +229,19 @@ def test_a_condition_that_breaks_delivers_what_was_made_and_then_says_so(kind: s
     with pytest.raises(ValueError, match=f"{message}.*the 13 frames before it were delivered"):
         made.extend(PIPE.stream(failing(), generator=seeded()))
     assert torch.equal(torch.cat(made, 1), expected)
+
+
+@pytest.mark.parametrize("lookahead", [2, 5])
+def test_a_condition_that_breaks_delivers_the_frames_before_it_with_any_lookahead(lookahead: int) -> None:
+    def failing() -> Iterator[Any]:
+        yield from features(13)[0]
+        raise OSError("unplugged")
+
+    made = []
+    with pytest.raises(ValueError, match="cond raised OSError .unplugged. at frame 13"):
+        made.extend(PIPE.stream(failing(), generator=seeded(), lookahead=lookahead))
+    expected = PIPE(features(13), generator=seeded(), lookahead=lookahead).frames
+    assert torch.equal(torch.cat(made, 1), expected) and expected.shape[1] == 13
 
 
 def test_a_condition_that_ends_early_delivers_what_was_made_and_then_says_so() -> None:
@@ -313,12 +377,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_frames": 4, "warmup": "cold"}, "warmup='cold' is not one of init, pad"),
     ({"num_frames": 4, "guidance_scale": 2.0}, "guidance_scale=2.0 needs a cond"),
     ({"cond": torch.zeros(1, 5, 2), "guidance_scale": math.nan}, "guidance_scale=nan"),
+    ({"cond": torch.zeros(1, 5, 2), "lookahead": 1}, "lookahead=1 is not usable; use an int from 2, the ladder_step, to 6"),
+    ({"cond": torch.zeros(1, 5, 2), "lookahead": 7}, "lookahead=7 is not usable"),
+    ({"cond": torch.zeros(1, 5, 2), "lookahead": 4.0}, "lookahead=4.0 is not usable"),
+    ({"num_frames": 4, "lookahead": 4}, "lookahead=4 is of conditions; give a cond"),
     ({"cond": torch.zeros(1, 5, 3)}, r"cond has the shape \(1, 5, 3\); give \(batch, frames, 2\)"),
     ({"cond": torch.zeros(5, 2)}, r"cond has the shape \(5, 2\)"),
     ({"cond": "speech.wav"}, "cond=a str is not a tensor or an iterable"),
     ({"cond": 5}, "cond=a int"),
     ({"cond": torch.zeros(2, 5, 2), "batch_size": 3}, "cond has a batch of 2 where others have 3"),
     ({"num_frames": 4, "batch_size": 0}, "batch_size=0"),
+    ({"num_frames": 4, "batch_size": 10**30}, "batch_size=10{30} is too large; use at most 1000000"),
+    ({"cond": torch.zeros(1, 5, 2), "prefix": torch.zeros(2, 2, 3)}, r"prefix of shape \(2, 2, 3\) has a batch of 2 where"),
     ({"num_frames": 4, "prefix": torch.zeros(1, 2, 4)}, r"prefix=\(1, 2, 4\) does not fit"),
     ({"num_frames": 4, "prefix": [1.0]}, "prefix=list does not fit"),
     ({"num_frames": 4, "prefix": torch.full((1, 2, 3), math.inf)}, "prefix holds values"),

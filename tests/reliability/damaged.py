@@ -127,7 +127,7 @@ def probe(
     rng = random.Random(f"{seed}/{suffix}")
     mutations = safetensors_mutations(rng) if suffix == ".safetensors" else json_mutations(rng)
     files = sorted(path for path in sound.rglob(f"*{suffix}") if path.name != MANIFEST_NAME)
-    run = run or (lambda pipeline: pipeline(**subject.good()).images)
+    run = run or subject.made
     load = load or subject.load
     healthy = run(load(str(sound)))
     tally = Tally()

@@ -63,7 +63,7 @@ SETTINGS: dict[str, dict[str, Argument]] = {
     },
     "negative_prompt": {"interpolation": PARTS},
     "null_text": {
-        "inner_steps": Argument(good=[2, 3, None], bad=[value for value in NOT_COUNTS if value is not None]),
+        "inner_steps": Argument(good=[2, 4, None], bad=[value for value in NOT_COUNTS if value is not None]),
         "guidance_scale": Argument(good=[3.5, 0], bad=[*SCALES.bad, 1]),
         "schedule": Argument(good=["fast", "official"], bad=["", "x", None, 5, [], object]),
         "learning_rate": Argument(good=[None, 0.1], bad=[0, "x", NAN, -1, 1e9, [], True]),
