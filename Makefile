@@ -11,8 +11,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 CORE := $(VENV)/.core.stamp
 DEV := $(VENV)/.dev.stamp
-# Benchmarks on recordings that are not in the repository; each says where to get its own.
-WITH_RECORDINGS := benchmarks/motion.py benchmarks/speech.py
+# Benchmarks on data that are not in the repository; each says where to get its own.
+WITH_DATA := benchmarks/motion.py benchmarks/pie_bench.py benchmarks/speech.py
 LINTED = $(wildcard diffusers_ext training tests benchmarks spaces docs)
 
 export TOKENIZERS_PARALLELISM := false
@@ -25,7 +25,7 @@ help:
 	@echo "make demo         pictures edited by words, written to $(DEMO_DIR)/ (offline after the install)"
 	@echo "make test         format, lint, types, doc snippets and the fast tests"
 	@echo "make quality      the first four of those;  make style  formats and fixes"
-	@echo "make bench        the measurements in benchmarks/, but for motion.py and speech.py, which need recordings"
+	@echo "make bench        the measurements in benchmarks/, but for motion.py, pie_bench.py and speech.py, which need data"
 	@echo "make docs         checks snippets and links of the documentation, redraws its pictures"
 	@echo "make data         builds the picture set of the demo model"
 	@echo "make nightly      the slow tests;  make reliability  fuzzing, kills, damaged files"
@@ -65,7 +65,7 @@ style: $(DEV)
 
 bench: $(DEV)
 	$(PIP) -e ".[bench]"
-	for script in $(filter-out $(WITH_RECORDINGS),$(wildcard benchmarks/*.py)); do $(PY) $$script || exit 1; done
+	for script in $(filter-out $(WITH_DATA),$(wildcard benchmarks/*.py)); do $(PY) $$script || exit 1; done
 
 docs: $(DEV)
 	$(PY) -m pytest -q tests/docs
