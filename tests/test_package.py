@@ -54,9 +54,7 @@ def test_import_brings_no_library_beyond_diffusers_and_no_pipelines():
     modules = json.loads(fresh(code))
     assert {"diffusers_ext", "diffusers_ext.schedulers", "diffusers_ext.models"} <= set(modules)
     assert not [name for name in modules if name.split(".")[0] not in ("diffusers_ext", "diffusers")]
-    postponed = (
-        r"diffusers_ext\.(pipelines|inversion|guidance|attention|training|data|cli|hub|demo)|diffusers\.pipelines"
-    )
+    postponed = r"diffusers_ext\.(pipelines|inversion|guidance|steering|attention|training|data|cli|hub|demo)|diffusers\.pipelines"
     assert not [name for name in modules if re.match(postponed, name)]
 
 

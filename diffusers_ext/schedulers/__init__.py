@@ -10,6 +10,11 @@ from .scheduling_adaptive_adams import AdaptiveAdamsScheduler
 from .scheduling_bdia_ddim import BDIADDIMScheduler
 from .scheduling_bdia_ddim_inverse import BDIADDIMInverseScheduler
 from .scheduling_evodiff import EVODiffScheduler
+from .scheduling_flow_chef import FlowChefScheduler
+from .scheduling_flow_chef_dpmsolver_multistep import FlowChefDPMSolverMultistepScheduler
+from .scheduling_flow_chef_heun import FlowChefHeunScheduler
+from .scheduling_flow_chef_lcm import FlowChefLCMScheduler
+from .scheduling_flow_chef_unipc_multistep import FlowChefUniPCMultistepScheduler
 from .scheduling_ghvb import GHVBScheduler
 from .scheduling_heavy_ball_dpmsolver_multistep import HeavyBallDPMSolverMultistepScheduler
 from .scheduling_heavy_ball_unipc_multistep import HeavyBallUniPCMultistepScheduler
@@ -24,6 +29,11 @@ __all__ = [
     "BDIADDIMInverseScheduler",
     "BDIADDIMScheduler",
     "EVODiffScheduler",
+    "FlowChefDPMSolverMultistepScheduler",
+    "FlowChefHeunScheduler",
+    "FlowChefLCMScheduler",
+    "FlowChefScheduler",
+    "FlowChefUniPCMultistepScheduler",
     "GHVBScheduler",
     "HeavyBallDPMSolverMultistepScheduler",
     "HeavyBallUniPCMultistepScheduler",

@@ -79,6 +79,12 @@ class PipelineSubject:
     build: Callable[[], DiffusionPipeline]
     good: Callable[[], dict[str, Any]]
     load: Callable[[str], DiffusionPipeline]
+    # Where the output of a call has what was made.
+    result: str = "images"
+
+    def made(self, pipeline: Any, **changes: Any) -> Any:
+        """What the good call makes, with other arguments if they are given."""
+        return getattr(pipeline(**{**self.good(), **changes}), self.result)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,11 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "BDIADDIMInverseScheduler": {},
     "BDIADDIMScheduler": {},
     "EVODiffScheduler": {},
+    "FlowChefDPMSolverMultistepScheduler": {},
+    "FlowChefHeunScheduler": {},
+    "FlowChefLCMScheduler": {},
+    "FlowChefScheduler": {},
+    "FlowChefUniPCMultistepScheduler": {},
     "GHVBScheduler": {"use_karras_sigmas": False},
     "HeavyBallDPMSolverMultistepScheduler": {},
     "HeavyBallUniPCMultistepScheduler": {},
@@ -228,6 +239,36 @@ def good_restoration() -> dict[str, Any]:
     return {"image": sample_picture(), "num_inference_steps": 2, "output_type": "np", "generator": noise}
 
 
+def build_rolling_ladder() -> DiffusionPipeline:
+    from diffusers_ext import RollingLadderPipeline, RollingLadderScheduler, RollingTransformer1DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = RollingTransformer1DModel(3, 2, num_layers=1, num_attention_heads=2, attention_head_dim=8).eval()
+        for weight in network.parameters():  # a new one answers 0, whatever it is asked
+            torch.nn.init.normal_(weight, std=0.2)
+    scheduler = RollingLadderScheduler(
+        prediction_type="sample", beta_schedule="cosine", window_length=4, ladder_step=2, context_length=2
+    )
+    pipeline = RollingLadderPipeline(network, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_rolling_ladder(folder: str) -> DiffusionPipeline:
+    from diffusers_ext import RollingLadderPipeline
+
+    pipeline = RollingLadderPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def good_stream() -> dict[str, Any]:
+    cond = torch.linspace(-1.0, 1.0, 12).reshape(1, 6, 2)
+    generator = torch.Generator().manual_seed(0)
+    return {"cond": cond, "num_inference_steps": 4, "output_type": "np", "generator": generator}
+
+
 PIPELINES: tuple[PipelineSubject, ...] = (
     PipelineSubject("GuideAndRescalePipeline", build_guide_and_rescale, good_edit, load_guide_and_rescale),
     PipelineSubject(
@@ -244,6 +285,7 @@ PIPELINES: tuple[PipelineSubject, ...] = (
         load_null_text_inversion_sdxl,
     ),
     PipelineSubject("MRRestorationPipeline", tiny_restoration, good_restoration, load_mr_restoration),
+    PipelineSubject("RollingLadderPipeline", build_rolling_ladder, good_stream, load_rolling_ladder, "frames"),
 )
 
 

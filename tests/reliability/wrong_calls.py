@@ -1,5 +1,6 @@
 """The seven wrong calls that people make, on every public class; each answer must name argument, value and cure."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -56,6 +57,34 @@ def pipeline_calls(subject: PipelineSubject) -> Iterator[WrongCall]:
     yield WrongCall(name, FAMILY, of_another_family, "UNet", "addition_embed_type=|4 input and 4 output")
 
 
+def stream_calls(subject: PipelineSubject) -> Iterator[WrongCall]:
+    """The same of a pipeline of sequences."""
+
+    def call(**changes: Any) -> Callable[[], Any]:
+        return lambda: subject.made(shared_pipeline(subject.name), **changes)
+
+    def with_typo() -> Any:
+        pipeline: Any = subject.build()
+        pipeline.scheduler.register_to_config(prediction_type="epsilonn")
+        return subject.made(pipeline)
+
+    def of_another_family() -> Any:
+        pipeline: Any = subject.build()
+        return type(pipeline)(pipeline.transformer, diffusers.DDIMScheduler())
+
+    name, cond = subject.name, subject.good()["cond"]
+    prefix = torch.zeros(1, 2, 1)
+    yield WrongCall(name, CHANNELS, call(cond=torch.zeros(1, 6, 5)), "cond", r"\(1, 6, 5\)")
+    yield WrongCall(name, SHAPE, call(prefix=prefix), "prefix", re.escape(str(tuple(prefix.shape))))
+    yield WrongCall(name, NOT_A_NUMBER, call(cond=cond * NAN), "cond", "NaN|not a number")
+    yield WrongCall(name, NO_STEPS, call(num_inference_steps=0), "num_inference_steps", "0")
+    yield WrongCall(name, STEPS, call(num_inference_steps=2000), "num_inference_steps", "2000")
+    yield WrongCall(name, TYPO, with_typo, "prediction_type", "epsilonn")
+    yield WrongCall(name, FILE, lambda: subject.load(ABSENT), "pretrained_model_name_or_path", re.escape(ABSENT))
+    yield WrongCall(name, MISSPELT, call(guidance_scal=3.0), "guidance_scal", "unexpected keyword")
+    yield WrongCall(name, FAMILY, of_another_family, "scheduler", "DDIMScheduler")
+
+
 def scheduler_calls(name: str, scheduler_class: Any, settings: dict[str, Any]) -> Iterator[WrongCall]:
     def step(model_output: torch.Tensor, sample: torch.Tensor, **changes: Any) -> Any:
         scheduler = scheduler_class(**{**settings, **changes})
@@ -75,9 +104,10 @@ def scheduler_calls(name: str, scheduler_class: Any, settings: dict[str, Any]) -
     yield WrongCall(name, NOT_A_NUMBER, lambda: step(sample * NAN, sample), "model_output", "NaN|finite")
     yield WrongCall(name, NO_STEPS, lambda: steps(0), "num_inference_steps", "0")
     yield WrongCall(name, STEPS, lambda: steps(5000), "num_inference_steps", "5000")
-    yield WrongCall(
-        name, TYPO, lambda: step(sample, sample, prediction_type="epsilonn"), "prediction_type", "epsilonn"
-    )
+    # Schedulers of flow models alone have no prediction type to misspell.
+    has_type = "prediction_type" in inspect.signature(scheduler_class.__init__).parameters
+    answer = "epsilonn" if has_type else "unexpected keyword"
+    yield WrongCall(name, TYPO, lambda: step(sample, sample, prediction_type="epsilonn"), "prediction_type", answer)
     yield WrongCall(name, FILE, lambda: scheduler_class.from_pretrained(ABSENT), "", re.escape(ABSENT))
 
 
@@ -128,7 +158,7 @@ def own_calls() -> Iterator[WrongCall]:
     import diffusers_ext
 
     for subject in PIPELINES:
-        yield from pipeline_calls(subject)
+        yield from stream_calls(subject) if subject.result == "frames" else pipeline_calls(subject)
     for name, settings in SCHEDULERS.items():
         yield from scheduler_calls(name, getattr(diffusers_ext.schedulers, name), settings)
     yield from component_calls()

@@ -1,0 +1,35 @@
+"""Objectives and linear operators that steer the samples of flow models, and the exchange of a pipeline's scheduler for one that can."""
+
+from .blur import Blur, MotionBlur
+from .composition import Compose
+from .differentiable import ClassifierObjective, DecodedObjective, FunctionObjective
+from .objectives import LatentMaskObjective, MeasurementObjective, Objective, PackedObjective, SumObjective
+from .official import OFFICIAL_TASKS, OfficialSettings, official_settings
+from .operators import FromDeepinv, InpaintMask, LinearOperator
+from .resampling import GaussianBlur, SuperResolution
+from .swap import steer, steerable
+
+
+__all__ = [
+    "OFFICIAL_TASKS",
+    "Blur",
+    "ClassifierObjective",
+    "Compose",
+    "DecodedObjective",
+    "FromDeepinv",
+    "FunctionObjective",
+    "GaussianBlur",
+    "InpaintMask",
+    "LatentMaskObjective",
+    "LinearOperator",
+    "MeasurementObjective",
+    "MotionBlur",
+    "Objective",
+    "OfficialSettings",
+    "PackedObjective",
+    "SumObjective",
+    "SuperResolution",
+    "official_settings",
+    "steer",
+    "steerable",
+]
