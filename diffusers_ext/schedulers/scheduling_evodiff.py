@@ -22,8 +22,9 @@ method does not converge to the trajectory as steps shrink; that is the paper's 
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,85 +51,141 @@ LOWEST_ZETA = 1.0 / (1.0 + math.exp(0.5))
 
 
 TINY = 1e-300
+# Up to so many groups are computed number by number: calls of numpy cost more than they save on short arrays.
+FEW_GROUPS = 32
+
+# tanh, min and max of floats, and of arrays.
+Functions = tuple[Callable[[Any], Any], Callable[[Any, Any], Any], Callable[[Any, Any], Any]]
+OF_FLOATS: Functions = (math.tanh, min, max)
+OF_ARRAYS: Functions = (np.tanh, np.minimum, np.maximum)
 
 
-def sigmoid(value: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)) in a form that cannot overflow."""
-    return 0.5 + 0.5 * np.tanh(0.5 * value)
+class StepNumbers(NamedTuple):
+    """What the weights of a step know of its levels: 1 - t / s_0, h, r, (1 - w) base, and w."""
 
-
-def clipped_ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """proj from its two inner products; 0 where the lower vector is 0."""
-    return np.minimum(np.maximum(above / np.maximum(below, TINY), -LARGEST_PROJECTION), LARGEST_PROJECTION)
-
-
-@dataclass
-class Products:
-    """Inner products, a number a group, of b = m_0 - m_1 and c = m_0.
-
-    All vectors of the method are sums of m_0, m_1 and m_t, so their products follow from a few numbers; differences instead of
-    the predictions themselves because these are nearly equal, and float32 would leave little of the difference.
-    """
-
-    bb: np.ndarray
-    bc: np.ndarray
-    cc: np.ndarray
-
-    def moved(self, aa: np.ndarray, ac: np.ndarray) -> "Products":
-        """Those of the step after, with a = m_t - m_0: b becomes a, c becomes c + a."""
-        return Products(aa, ac + aa, self.cc + 2.0 * ac + aa)
-
-
-@dataclass
-class Prediction:
-    """A prediction that waits for its corrector: numbers of the step, R(m_0, m_1), r', and the weights of c and b in X_p - X_e."""
-
-    shrink: float
+    width: float
     h: float
     r: float
     base: float
     w: float
-    share: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    r_scaled: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    of_c: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    of_b: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
-def predict(products: Products, step: Prediction, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of c and b in X_p - X_e; fills in R(m_0, m_1) and r'."""
-    aligned = clipped_ratio(products.cc - products.bc, products.cc - 2.0 * products.bc + products.bb)
-    step.share = (1.0 - step.w) * step.base + step.w * aligned
-    # The sigmoid of what is not negative is at least 1/2 and at most 1: the clip of r' to r/4 and 3r/2 is never felt.
-    step.r_scaled = sigmoid(temperature * np.abs(step.share)) * step.r
-    factor = 0.5 * (1.0 - step.shrink) / step.r_scaled
-    step.of_b = factor * step.share
-    step.of_c = factor - step.of_b
-    return step.of_c, step.of_b
+def step_numbers(before: float, start: float, end: float, high: float, low: float, shift_mu: float) -> StepNumbers:
+    """Those of the step from s_0 = `start` to t = `end`, after one from s_1 = `before`, in a run from `high` to `low`."""
+    shrink, w = end / start, shift_mu * (1.0 - ((end + low) / (high + low)) ** 2)
+    base = (1.0 - w) * math.sqrt(shrink / (start / before))
+    return StepNumbers(1.0 - shrink, 1.0 / end - 1.0 / start, -math.log(before / start) / math.log(shrink), base, w)
 
 
-def correct(
-    products: Products, step: Prediction, aa: np.ndarray, ab: np.ndarray, ac: np.ndarray, long_run: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights of a, b and c in X - X_e, with a = m_t - m_0."""
-    bb, bc, cc, r = products.bb, products.bc, products.cc, step.r
-    # D_1 = b + k (c - b) and D_2 = a + l c; everything else is made of their three products.
-    k, l = 1.0 - step.share, 1.0 - (1.0 - step.w) * step.base - step.w * clipped_ratio(cc + ac, cc)
-    first = bb + k * (2.0 * (bc - bb) + k * (cc - 2.0 * bc + bb))
-    second = aa + l * (2.0 * ac + l * cc)
-    mixed = ab + k * (ac - ab) + l * (bc + k * (cc - bc))
+@dataclass(frozen=True)
+class Turn:
+    """What a step does to every group alike. Its terms are m_t, m_0 - m_t = -a and m_1 - m_0 = -b."""
 
-    # P and Q of the paper, both times h: their scale is lost in the projection.
-    pp, qq, pq = first / r**2, second * r**2, mixed
-    eta = 0.5 * sigmoid(np.abs(0.5 * clipped_ratio(qq - pp, qq - 2.0 * pq + pp)))
-    of_first, of_second = -eta / r, (1.0 - eta) * r  # B
-    half, width = 0.5 * (1.0 - step.shrink), 1.0 - step.shrink
-    gap = half / step.r_scaled * ((1.0 - of_first) * first - of_second * mixed)
-    z = np.abs(clipped_ratio(gap, first)) / width - 0.5
-    if long_run:
-        z = -z * sigmoid(clipped_ratio(bc * step.h, bb) * (2.0 - step.shrink**2))
-    factor = half / np.maximum(sigmoid(z), LOWEST_ZETA)
-    of_first, of_second = factor * of_first, factor * of_second
-    return of_second, of_first * (1.0 - k), of_first * k + of_second * l
+    waiting: StepNumbers | None  # of the step before, whose prediction this evaluation corrects
+    ahead: StepNumbers | None  # of the step to come, if it has a predictor
+    order: tuple[int, int, int]  # rows that the terms stand in
+    units: Sequence[float]  # of the terms: what a row has to be multiplied by
+    kept: float  # weight of X_i, and so of what corrects it
+    plain: tuple[float, float]  # weights of the first two terms without predictor and corrector
+    scale: float  # of the result
+    temperature: float
+    long_run: bool
+
+
+# Of a group: with b = m_0 - m_1 and c = m_0 the inner products <b, b>, <b, c>, <c, c> and <m_1, m_1>; then, of a prediction that
+# waits for its corrector, R(m_0, m_1), (1 - t / s_0) / 2 r', and the weights of c and b in X_p - X_e.
+#
+# All vectors of the method are sums of m_0, m_1 and m_t, so their products follow from a few numbers; differences instead of the
+# predictions themselves because these are nearly equal, and float32 would leave little of the difference.
+State = tuple[Any, Any, Any, Any, Any, Any, Any, Any]
+
+
+def turning(turn: Turn, functions: Functions) -> Callable[[State, Any], tuple[State, tuple[Any, Any, Any]]]:
+    """A step of one group in floats, or of all groups in arrays: the state after it, and the weights of the three rows.
+
+    It takes the state before, and the inner products of the second term with every row. X_i was made as X_e + (X_p - X_e); the
+    corrector has other weights instead of the second ones, and X_e in common.
+    """
+    tanh, least, most = functions
+    low, high = -LARGEST_PROJECTION, LARGEST_PROJECTION
+    unit, before, earlier = turn.units
+    row_new, row_second, row_old = turn.order
+    of_rows = [turn.order.index(row) for row in range(3)]
+    kept, (plain_new, plain_second), long_run = turn.kept, turn.plain, turn.long_run
+    scale_new, scale_second, scale_old = (turn.scale * one for one in turn.units)
+    width, h, r, base, w = turn.waiting or (1.0, 1.0, 1.0, 0.0, 0.0)
+    square, bend = r * r, 1.0 - 0.5 * (1.0 - width) ** 2
+    pull, next_base, next_w = (
+        (0.0, 0.0, 0.0) if turn.ahead is None else (turn.ahead[0] / turn.ahead[2], *turn.ahead[3:])
+    )
+    half_temperature = 0.5 * turn.temperature
+
+    def turned(state: State, inner: Any) -> tuple[State, tuple[Any, Any, Any]]:
+        bb, bc, cc, old, share, factor, was_c, was_b = state
+        aa, at = before * before * inner[row_second], -before * unit * inner[row_new]
+        ac = at - aa
+        ct = cc + ac
+        aligned = least(most(ct / most(cc, TINY), low), high)  # proj(m_t, m_0)
+        of_new, of_second, of_old = plain_new, plain_second, 0.0
+
+        if turn.waiting is not None:
+            ab = before * earlier * inner[row_old]
+            # D_1 = b + k m_1 and D_2 = a + l c; everything else is made of their three products.
+            k, l = 1.0 - share, 1.0 - base - w * aligned
+            first = bb + k * (2.0 * (bc - bb) + k * old)
+            second = aa + l * (2.0 * ac + l * cc)
+            mixed = share * ab + k * ac + l * (share * bc + k * cc)
+            # P and Q of the paper, both times h r: their scale is lost in the projection.
+            qq = square * square * second
+            length = least(abs(qq - first) / most(qq - 2.0 * square * mixed + first, TINY), high)
+            eta = 0.25 + 0.25 * tanh(0.25 * length)
+            of_first, of_last = eta / -r, r - r * eta  # the weights of D_1 and D_2 in B
+            gap = factor * ((1.0 - of_first) * first - of_last * mixed)
+            half_z = 0.5 / width * least(abs(gap) / most(first, TINY), high) - 0.25
+            if long_run:
+                change = least(most(bc * h / most(bb, TINY), low), high)
+                half_z = -0.5 * half_z * (1.0 + tanh(bend * change))
+            weight = kept * width / most(1.0 + tanh(half_z), 2.0 * LOWEST_ZETA)
+            of_first, of_last = weight * of_first, weight * of_last
+            of_c = of_first * k + of_last * l - kept * was_c
+            of_new, of_second = of_new + of_c, of_second + of_c - of_last
+            of_old = kept * was_b - of_first * share
+
+        if turn.ahead is not None:
+            share = next_base + next_w * aligned
+            # sigmoid(x) = (1 + tanh(x / 2)) / 2. That of what is not negative is from 1/2 to 1: the clip of r' is never felt.
+            factor = pull / (1.0 + tanh(half_temperature * abs(share)))
+            was_b = factor * share
+            was_c = factor - was_b
+            of_new, of_second = of_new + was_c, of_second - was_b
+        after = (aa, at, ct + at, cc, share, factor, was_c, was_b)
+        weights = scale_new * of_new, scale_second * of_second, scale_old * of_old
+        return after, (weights[of_rows[0]], weights[of_rows[1]], weights[of_rows[2]])
+
+    return turned
+
+
+def first_states(squares: torch.Tensor) -> Any:
+    """The states after the first evaluation, from <m_0, m_0>: a list over few groups, or one state of arrays over many."""
+    if len(squares) <= FEW_GROUPS:
+        return [(0.0, 0.0, square, *5 * [0.0]) for square in squares.tolist()]
+    numbers = as_numbers(squares)
+    none = np.zeros_like(numbers)
+    return none, none, numbers, *5 * [none]
+
+
+def turned_groups(states: Any, inner: torch.Tensor, turn: Turn) -> tuple[Any, torch.Tensor]:
+    """The states of all groups after a step, and the weights of the rows, `(groups, rows)` as their inner products."""
+    if isinstance(states, list):
+        turned = turning(turn, OF_FLOATS)
+        after = [turned(state, row) for state, row in zip(states, inner.tolist(), strict=True)]
+        weights = torch.tensor([row for _, row in after], dtype=inner.dtype, device=inner.device)
+        return [state for state, _ in after], weights
+    states, columns = turning(turn, OF_ARRAYS)(states, as_numbers(inner.T))
+    table = np.empty(inner.shape)
+    for row, column in enumerate(columns):
+        table[:, row] = column
+    return states, torch.from_numpy(table).to(inner)
 
 
 class EVODiffScheduler(MultistepScheduler):
@@ -216,91 +273,96 @@ class EVODiffScheduler(MultistepScheduler):
         self._set_up()
 
     def _forget(self) -> None:
-        # Of shape (groups, numbers): c = m_0, and -b = m_1 - m_0.
-        self._newest: torch.Tensor | None = None
-        self._difference: torch.Tensor | None = None
-        self._products = Products(*np.zeros((3, 0)))
-        self._pending: Prediction | None = None
-        self._before = 0.0  # s of m_1
+        # Three rows of shape (groups, numbers), each in a unit of its own, in turn: m_0, then -a = m_0 - m_t, then -b, then free.
+        self._rows: torch.Tensor | None = None
+        self._units = [1.0, 1.0, 1.0]
+        self._states: Any = None  # of the groups
+        self._waiting: StepNumbers | None = None
+        self._taken = 0
+        flow = self._is_flow
+        self._alphas = [max(1.0 - node, LOWEST_ALPHA) if flow else self._alpha(node) for node in self._nodes]
+        pairs = zip(self._nodes, self._alphas, strict=True)
+        self._ratios = [node / alpha if flow else node for node, alpha in pairs]
 
-    def _alpha(self, node: float) -> float:
-        return max(1.0 - node, LOWEST_ALPHA) if self._is_flow else super()._alpha(node)
+    def _around(self, index: int) -> Levels:
+        return Levels(index, *self._nodes[index : index + 2], *self._alphas[index : index + 2])
 
-    def _ratio(self, node: float) -> float:
-        return node / self._alpha(node) if self._is_flow else node
+    def _converted(
+        self, output: torch.Tensor, sample: torch.Tensor, levels: Levels
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return output, sample
 
-    def _slope(self, output: torch.Tensor, sample: torch.Tensor, levels: Levels) -> torch.Tensor:
-        # The data prediction instead: what this method is made of. A new tensor, for it is kept.
-        kind, s, alpha = self.config.prediction_type, levels.start, levels.alpha
-        if kind == "sample":
-            return output.clone()
+    def _data_prediction(self, levels: Levels) -> tuple[float, float, float]:
+        """Which parts of sample and output make a data prediction, and in which unit: one pass over memory, not two."""
+        kind = self.config.prediction_type
         if kind == "epsilon":
-            return torch.mul(output, -s).add_(sample, alpha=1.0 / alpha)
+            return 1.0, -levels.alpha * levels.start, 1.0 / levels.alpha
         if kind == "v_prediction":
-            return torch.mul(output, -alpha * s).add_(sample, alpha=alpha)
+            return 1.0, -levels.start, levels.alpha
         if kind == "flow_prediction":
-            return torch.add(sample, output, alpha=-s)
+            return 1.0, -levels.start, 1.0
+        if kind == "sample":
+            return 0.0, 1.0, 1.0
         raise ValueError(f"prediction_type={kind!r} is not known; use one of {', '.join(PREDICTION_TYPES)}")
 
     def _advance(self, slope: torch.Tensor, sample: torch.Tensor, levels: Levels) -> torch.Tensor:
-        start, end = self._ratio(levels.start), self._ratio(levels.end)
+        index, (start, end) = levels.index, self._ratios[levels.index : levels.index + 2]
         groups = math.prod(sample.shape[: 2 if self.config.per_channel_stats and sample.ndim > 2 else 1])
-        newest = slope.reshape(groups, -1)
-        terms, correction = self._take_in(newest)
+        flat = sample.reshape(groups, -1)
+        of_sample, of_output, unit = self._data_prediction(levels)
+        place, self._taken = self._taken % 3, self._taken + 1
+        order = place, (place + 2) % 3, (place + 1) % 3  # of m_t, -a and -b in the rows
+        rows = self._remembered(flat, slope.reshape(groups, -1), of_sample, of_output, unit, order)
+        units = [self._units[row] for row in order]
 
-        # X, corrected, is X_i and `correction` times `terms`; from there the step adds its own weights of m_t and m_0 - m_t.
-        shrink = end / start
-        weights: list[Any] = [1.0 - shrink]  # by itself DDIM
-        kept, last = shrink, len(self._times) - (self._nodes[-1] == 0) - 1  # without a jump to the clean picture
-        if self._difference is not None and levels.index < last:
-            self._pending = self._laid_out(start, end)
-            of_c, of_b = predict(self._products, self._pending, self.config.temperature)
-            weights = [1.0 - shrink + of_c, -of_b]
-        elif self._difference is not None and levels.index == last and self.config.official_final:
+        kept = shrink = end / start
+        plain, ahead = (1.0 - shrink, 0.0), None  # by itself DDIM
+        last = len(self._times) - (self._nodes[-1] == 0) - 1  # without a jump to the clean picture
+        if self._taken > 1 and index < last:
+            low = self._ratios[-1] or self._ratios[-2]
+            ahead = step_numbers(self._ratios[index - 1], start, end, self._ratios[0], low, self.config.shift_mu)
+        elif self._taken > 1 and index == last and self.config.official_final:
             less, half = 1.0 - math.sqrt(start * end), 0.5 * (1.0 - shrink)
             share = 1.0 - 0.5 * math.sqrt(shrink if shrink < 0.5 else shrink - 0.5)
-            kept *= less
-            weights = [less * (1.0 - shrink) + half * (1.0 - share), -half * share]
-        table = np.zeros((max(len(terms), len(weights)), groups))
-        for row, weight in enumerate(correction):
-            table[row] = kept * weight
-        for row, weight in enumerate(weights):
-            table[row] += weight
-        columns = torch.from_numpy(table * levels.next_alpha).to(newest).unsqueeze(-1).unbind()
-        following = sample.reshape(groups, -1) * (levels.next_alpha * kept / levels.alpha)
-        for term, column in zip(terms, columns, strict=True):
-            following.addcmul_(term, column)
-        self._before = start
+            kept = less * shrink
+            plain = less * (1.0 - shrink) + half * (1.0 - share), -half * share
+
+        of_state, seen = levels.next_alpha * kept / levels.alpha, rows.detach()
+        if self._taken == 1:
+            self._states = first_states(unit * unit * torch.linalg.vecdot(seen[place], seen[place]))
+            following = rows[place] * (levels.next_alpha * unit * plain[0])
+            return following.add_(flat, alpha=of_state).reshape(sample.shape)
+        inner = torch.bmm(seen[order[1]].unsqueeze(1), seen.permute(1, 2, 0)).squeeze(1)
+        turn = Turn(
+            self._waiting, ahead, order, units, kept, plain, levels.next_alpha, self.config.temperature,
+            len(self._times) > SHORT_RUN,
+        )  # fmt: skip
+        self._states, weights = turned_groups(self._states, inner, turn)
+        following = torch.bmm(weights.unsqueeze(1), rows.transpose(0, 1)).squeeze(1).add_(flat, alpha=of_state)
+        self._waiting = ahead
         return following.reshape(sample.shape)
 
-    def _take_in(self, newest: torch.Tensor) -> tuple[list[torch.Tensor], list[np.ndarray]]:
-        """Makes a prediction the newest one. Returns m_t, -a = m_0 - m_t and -b, and their weights in what corrects X_i.
-
-        X_i was made as X_e + (X_p - X_e); the corrector has other weights instead of the second ones, and X_e in common.
-        """
-        difference, older, step = self._newest, self._difference, self._pending
-        self._newest, self._pending = newest, None
-        if difference is None:
-            square = as_numbers(torch.linalg.vecdot(newest, newest))
-            self._products = Products(np.zeros_like(square), np.zeros_like(square), square)
-            return [newest], []
-        difference.sub_(newest)  # in the memory of m_0: c is m_t - a
-        self._difference = difference
-        flat = difference.detach()
-        others = [flat, newest.detach(), *([] if older is None else [older.detach()])]
-        aa, less, *ab = as_numbers(torch.stack([torch.linalg.vecdot(flat, other) for other in others]))
-        ac = -less - aa
-        correction = []
-        if step is not None and older is not None:
-            of_a, of_b, of_c = correct(self._products, step, aa, ab[0], ac, len(self._times) > SHORT_RUN)
-            of_c = of_c - step.of_c
-            correction = [of_c, of_c - of_a, step.of_b - of_b]
-        self._products = self._products.moved(aa, ac)
-        return [newest, difference, *([older] if correction and older is not None else [])], correction
-
-    def _laid_out(self, start: float, end: float) -> Prediction:
-        high, low = self._ratio(self._nodes[0]), self._ratio(self._nodes[-1] or self._nodes[-2])
-        w = self.config.shift_mu * (1.0 - ((end + low) / (high + low)) ** 2)
-        r = math.log(self._before / start) / math.log(start / end)
-        base = math.sqrt((end / start) / (start / self._before))
-        return Prediction(end / start, 1.0 / end - 1.0 / start, r, base, w)
+    def _remembered(
+        self, sample: torch.Tensor, output: torch.Tensor, of_sample: float, of_output: float, unit: float,
+        order: tuple[int, int, int],
+    ) -> torch.Tensor:  # fmt: skip
+        """The rows with a new prediction among them, and the one before made a difference to it."""
+        if self._rows is None:
+            self._rows = sample.new_zeros(3, *sample.shape)
+        newest, second, _ = order
+        before, self._units[newest] = self._units[second], unit
+        if torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad or self._rows.requires_grad):
+            # Not in place: gradients flow through rows of earlier steps.
+            rows = list(self._rows)
+            rows[newest] = of_sample * sample + of_output * output
+            if self._taken > 1:
+                rows[second] = rows[second] - unit / before * rows[newest]
+            self._rows = torch.stack(rows)
+            return self._rows
+        if of_sample:
+            torch.add(sample, output, alpha=of_output, out=self._rows[newest])
+        else:
+            self._rows[newest].copy_(output)
+        if self._taken > 1:
+            self._rows[second].sub_(self._rows[newest], alpha=unit / before)
+        return self._rows

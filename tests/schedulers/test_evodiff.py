@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusers_ext.schedulers import EVODiffScheduler
+from diffusers_ext.schedulers.scheduling_evodiff import FEW_GROUPS
 from tests.analytic.sampler_problems import MixtureProblem, exact_nodes, log_uniform_nodes, run
 from tests.helpers.golden import golden
 
@@ -83,6 +84,39 @@ def test_statistics_over_a_sample_do_not_depend_on_how_channels_are_cut() -> Non
     whole, cut = (final(shape, per_channel_stats=False) for shape in ((2, 4, 8, 8), (2, 16, 4, 4)))
     torch.testing.assert_close(whole, cut, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(final((2, 4, 8, 8)), final((2, 16, 4, 4)))
+
+
+@pytest.mark.parametrize("steps", [8, 24])
+def test_many_groups_are_computed_as_few_are(steps: int) -> None:
+    # arrays over all groups, against floats of each
+    problem = MixtureProblem("mix")
+    starts = torch.cat([problem.start * scale for scale in (0.6, 0.8, 1.0, 1.2, 1.4)])
+
+    def final(sample: torch.Tensor) -> torch.Tensor:
+        scheduler = EVODiffScheduler(official_final=True)
+        scheduler.set_timesteps(sigmas=log_uniform_nodes(problem, steps))
+        return run(scheduler, problem, sample)
+
+    assert starts.shape[0] * starts.shape[1] > FEW_GROUPS >= starts.shape[1]
+    alone = torch.cat([final(sample) for sample in starts.split(1)])
+    torch.testing.assert_close(final(starts), alone, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_a_run_that_keeps_gradients_gives_the_same_sample(prediction_type: str) -> None:
+    def final(factor: torch.Tensor) -> torch.Tensor:
+        scheduler = EVODiffScheduler(prediction_type=prediction_type)
+        scheduler.set_timesteps(5)
+        sample = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(factor * torch.tanh(sample), timestep, sample).prev_sample
+        return sample
+
+    factor = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    kept = final(factor)
+    torch.testing.assert_close(kept.detach(), final(factor.detach()), rtol=1e-12, atol=1e-12)
+    kept.sum().backward()
+    assert factor.grad is not None and math.isfinite(float(factor.grad)) and float(factor.grad) != 0.0
 
 
 @pytest.mark.parametrize("steps", [8, 10, 20])
