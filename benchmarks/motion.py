@@ -6,7 +6,8 @@
 
 Everything is streamed through `RollingLadderPipeline` in the units of the recording. The filter sees as far ahead as the stream does; its
 window and its ridge are chosen on the last fifth of the training rows. Seams are measured with streams that begin at each frame of a chunk,
-so that every frame is at a border in one of them: what the person does at a moment falls out.
+each from noise of its own, so that every frame is at a border in one of them: what the person does at a moment falls out. Their standard
+error is that of the jackknife over samples.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import ROOT, read_result, timed, write_result
-from page import write_between
+from page import table, write_between
 from wiener import chosen
 
 from diffusers_ext import RollingLadderPipeline, RollingLadderScheduler
@@ -35,7 +36,7 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PAGE, PICTURE = ROOT / "docs" / "rolling_motion.md", ROOT / "docs" / "images" / "rolling_motion.png"
 # (l, m): ladders with one evaluation a roll, then with more
 SETTINGS = ((1, 1), (2, 1), (4, 1), (4, 2))
-SAMPLES, SEAM_SAMPLES = 16, 8
+SAMPLES = 16
 # Choices of the filter: frames before and after, and the ridge. The cut is a share of the training rows.
 PASTS, AHEADS, RIDGES, CUT = (0, 10, 20, 40, 64), (0, 10, 20, 30), (1e-3, 1e-2, 3e-2, 1e-1, 3e-1), 0.8
 # The picture: which test rows and channels.
@@ -51,23 +52,31 @@ def ladder_pipeline(folder: Path, step: int) -> RollingLadderPipeline:
     return pipeline
 
 
-def streamed(pipeline: RollingLadderPipeline, condition: torch.Tensor, per_roll: int, samples: int) -> torch.Tensor:
+def streamed(
+    pipeline: RollingLadderPipeline, condition: torch.Tensor, per_roll: int, samples: int, seed: int = 0
+) -> torch.Tensor:
     """Samples `(samples, frames, channels)` for a condition `(frames, width)`, chunk by chunk."""
     config = pipeline.scheduler.config
     chunks = pipeline.stream(
         condition.expand(samples, -1, -1),
         num_inference_steps=config.window_length // config.ladder_step * per_roll,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(seed),
     )
     return torch.cat(list(chunks), 1)
 
 
-def seams(pipeline: RollingLadderPipeline, first: torch.Tensor, test: Segment, per_roll: int) -> float:
+def seams(pipeline: RollingLadderPipeline, first: torch.Tensor, test: Segment, per_roll: int) -> dict[str, float]:
     """Steps at borders over those inside, mean over streams that begin at each frame of a chunk; `first` is that from frame 0."""
-    step = pipeline.scheduler.config.ladder_step
-    streams = [first[:SEAM_SAMPLES]]
-    streams += [streamed(pipeline, test.condition[start:], per_roll, SEAM_SAMPLES) for start in range(1, step)]
-    return float(np.mean([seam_ratio(stream, step) for stream in streams]))
+    step, count = pipeline.scheduler.config.ladder_step, len(first)
+    streams = [first]
+    streams += [streamed(pipeline, test.condition[start:], per_roll, count, seed=start) for start in range(1, step)]
+
+    def ratio(kept: list[int]) -> float:
+        return float(np.mean([seam_ratio(stream[kept], step) for stream in streams]))
+
+    without = [ratio([k for k in range(count) if k != left_out]) for left_out in range(count)]
+    error = float(np.sqrt((count - 1) * np.var(without)))
+    return {"seam": round(ratio(list(range(count))), 4), "seam_error": round(error, 4)}
 
 
 def measured(frames: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
@@ -108,7 +117,7 @@ def quality(folder: Path, data: SequenceFolder) -> dict[str, Any]:
         frames = streamed(pipeline, test.condition, per_roll, SAMPLES)
         row: dict[str, Any] = {"l": step, "m": per_roll, "nfe": per_roll / step, **measured(frames, test.frames)}
         if step > 1:
-            row["seam"] = round(seams(pipeline, frames, test, per_roll), 4)
+            row |= seams(pipeline, frames, test, per_roll)
         rows.append(row)
         print(json.dumps(row), flush=True)
         if (step, per_roll) == (4, 2):
@@ -146,18 +155,16 @@ def speed(folder: Path, data: SequenceFolder, frames: int = 400, rounds: int = 9
     ]
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def page(result: dict[str, Any]) -> str:
     """The measured part of the documentation."""
     found, filtered = result["quality"], result["quality"]["wiener"]
     names = ("r2_of_mean", "r2", "variance", "jitter", "spectrum")
 
     def cells(row: dict[str, Any]) -> list[str]:
-        return [f"{row[name]:.3f}" for name in names] + [f"{row['seam']:.3f}" if "seam" in row else "-"]
+        seam = f"{row['seam']:.3f}" if "seam" in row else "-"
+        if "seam_error" in row:
+            seam += f" +- {row['seam_error']:.3f}"
+        return [*(f"{row[name]:.3f}" for name in names), seam]
 
     header = ["l (m)", "NFE a frame", "R2 of the mean", "R2 of one", "variance", "jitter", "spectrum error", "seam"]
     lines = [[f"{row['l']} ({row['m']})", f"{row['nfe']:g}", *cells(row)] for row in found["ladders"]]

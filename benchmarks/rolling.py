@@ -1,6 +1,6 @@
 """Rolling diffusion against closed forms: how near the emitted process is to the true one, at what cost and in how much memory.
 
-    python benchmarks/rolling.py                              # five minutes on one core
+    python benchmarks/rolling.py                              # seven minutes on one core
     python benchmarks/rolling.py --parts memory page          # some parts only; the others are kept from the last run
 
 The sequences are stationary Gaussian processes, whose best network is a matrix. Sampler and network being linear, noise that is one-hot
@@ -18,13 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from common import peak_memory, read_result, timed, write_result
-from page import write_between
+from page import Panel, line_chart, table, write_between
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from rolling_peers import COSTS, peers  # noqa: E402
+
 from diffusers_ext import RollingLadderPipeline, RollingLadderScheduler  # noqa: E402
+from diffusers_ext.atomic import atomic_write  # noqa: E402
 from diffusers_ext.models import RollingTransformer1DModel  # noqa: E402
 from tests.analytic.rolling import (  # noqa: E402
     analytic_pipeline,
@@ -36,8 +39,13 @@ from tests.analytic.rolling import (  # noqa: E402
 )
 
 
-PARTS = ("quality", "acceleration", "context", "speed", "memory", "page")
-PAGE = ROOT / "docs" / "rolling.md"
+PARTS = ("quality", "acceleration", "context", "speed", "memory", "page", "peers")
+PAGE, PICTURE = ROOT / "docs" / "rolling.md", ROOT / "docs" / "images" / "rolling_peers.svg"
+PEERS_BEGIN, PEERS_END = "<!-- peers: begin -->", "<!-- peers: end -->"
+COLOURS = {
+    "ladder of 1": "#c0392b", "ladder of 5": "#e67e22", "chunks": "#999999", "chunks with context": "#555555",
+    "FIFO": "#2980b9", "FIFO with lookahead": "#27ae60", "FIFO with lookahead on emitted frames": "#8e44ad",
+}  # fmt: skip
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 AR1, AR2 = ar1_correlations(0.9, 64), ar2_correlations(0.97, 0.2, 64)
 TRUE1, TRUE2 = covariance(AR1, 40), covariance(AR2, 40)
@@ -132,11 +140,6 @@ def memory(frames: int = 100_000) -> dict[str, Any]:
     }
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def page(result: dict[str, Any]) -> str:
     """The measured part of the documentation."""
     by_place = {(row["kind"], row["l"], row["m"]): row for row in result["quality"]}
@@ -187,6 +190,35 @@ def page(result: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def peers_page(rows: list[dict[str, Any]]) -> str:
+    """The comparison with other ways, and its picture."""
+    blocks, panels = [], []
+    for process in dict.fromkeys(row["process"] for row in rows):
+        found = {(row["method"], row["kind"], row["nfe"]): row for row in rows if row["process"] == process}
+        names = list(dict.fromkeys(method for method, _, _ in found))
+        lines = []
+        for name in names:
+            cells = [name]
+            for kind in ("ddim", "2m"):
+                kls = [found.get((name, kind, cost)) for cost in COSTS]
+                cells.append(" / ".join("-" if row is None else f"{row['kl']:.2g}" for row in kls))
+            last = found[name, "2m", COSTS[-1]]
+            cells += [f"{last['jitter']:.2f}", f"{last['seam']:.2f}" if "seam" in last else "-"]
+            lines.append(cells)
+        costs = " / ".join(map(str, COSTS))
+        header = ["method", f"KL, DDIM, {costs} NFE", f"KL, 2M, {costs} NFE", f"jitter, 2M, {COSTS[-1]} NFE", "seam"]
+        blocks += [f"### {process}", table(header, lines)]
+        for kind, title in (("ddim", "DDIM"), ("2m", "2M")):
+            lines_of = {
+                name: {cost: found[name, kind, cost]["kl"] for cost in COSTS if (name, kind, cost) in found}
+                for name in names
+            }
+            panels.append(Panel(f"{process}: KL, {title}", COSTS, lines_of, logarithmic=True))
+    atomic_write(PICTURE, line_chart(panels, COLOURS).encode())
+    blocks.append(f"![KL a frame over evaluations a frame, by method](images/{PICTURE.name})")
+    return "\n\n".join(blocks)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -197,6 +229,7 @@ def main() -> None:
     runs = {
         "quality": quality, "acceleration": acceleration, "context": contexts, "speed": speed,
         "memory": lambda: memory(args.frames),
+        "peers": lambda: peers({"AR(1), correlation 0.9": (AR1, 1), "AR(2), poles 0.97 e^(+-0.2i)": (AR2, 2)}),
     }  # fmt: skip
     for name, run in runs.items():
         if name in args.parts:
@@ -205,6 +238,8 @@ def main() -> None:
             print(name, json.dumps(result[name]))
     if "page" in args.parts:
         write_between(PAGE, BEGIN, END, page(result))
+        if "peers" in result:
+            write_between(PAGE, PEERS_BEGIN, PEERS_END, peers_page(result["peers"]))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,11 @@ from diffusers_ext.training.plots import line_panels
 from diffusers_ext.training.rolling import (
     LARGEST_INERTIA,
     check_curriculum,
+    check_lookaheads,
     context_of_step,
     curriculum_stage,
     inertial_loss,
+    known_conditions,
     ladder_timesteps,
     ladders_of_windows,
     rolling_target,
@@ -106,6 +108,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Share of steps with less context than there is, half of them with none and half of those in the warm-up.",
     )  # fmt: skip
     group.add_argument("--inertia_weight", type=share, default=0.0, help="Of the inertial loss, up to 0.5.")
+    group.add_argument(
+        "--lookahead", type=positive_int, nargs="+", metavar="FRAMES",
+        help="Frames of the window, from its first, that have their condition; of several one is drawn for each window, and the "
+        "first is validated. For streams with this lookahead; default the whole window.",
+    )  # fmt: skip
     group.add_argument("--condition_dropout", type=share, default=0.1, help="Share of windows without condition.")
     group = parser.add_argument_group("validation and export")
     group.add_argument("--num_validation_frames", type=positive_int, default=512)
@@ -127,6 +134,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args.validation_ladders = args.validation_ladders or list(args.ladder_curriculum)
     try:
         check_curriculum(args.ladder_curriculum, args.window_length)
+        check_lookaheads(args.lookahead, max(*args.ladder_curriculum, *args.validation_ladders), args.window_length)
         make_schedulers(args, args.validation_ladders)
     except ValueError as error:
         parser.error(str(error))
@@ -180,6 +188,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     device = accelerator.device
     data = SequenceFolder(args.train_data_dir)
+    if args.lookahead and not data.condition_names:
+        raise ValueError(
+            f"lookahead={args.lookahead} is of conditions, of which {args.train_data_dir} has none; leave it out"
+        )
     network = load_network(args, data)
     schedulers = make_schedulers(args, args.ladder_curriculum)
     saved = schedulers[args.ladder_curriculum[-1]]
@@ -218,7 +230,10 @@ def main(args: argparse.Namespace) -> None:
                 extra = torch.randn(condition.shape, generator=stream(args.seed, step, "condition-noise"))
                 condition = condition + args.condition_noise * extra
             kept = torch.rand(total, 1, generator=stream(args.seed, step, "dropout")) >= args.condition_dropout
-            parts |= {"condition": condition, "condition_mask": kept.expand(condition.shape[:2])}
+            known = known_conditions(
+                total, context, args.window_length, args.lookahead, stream(args.seed, step, "lookahead")
+            )
+            parts |= {"condition": condition, "condition_mask": kept & known}
         return [({name: part[rows] for name, part in parts.items()}, target[rows]) for rows in trainer.own_rows()]
 
     def loss_of(model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -279,6 +294,7 @@ def validated(
             num_inference_steps=args.window_length // ladder,
             batch_size=args.num_validation_samples,
             generator=stream(args.seed, 0, "validation-samples"),
+            lookahead=args.lookahead[0] if args.lookahead and condition is not None else None,
         ).frames.cpu()
         metrics |= measured(frames, recording, [ladder])
     lines = [("recording", "#999999", truth), (f"streamed, ladder of {ladder}", "#c0392b", frames[0])]
@@ -329,6 +345,8 @@ def write_model_card(
         lines.append(f"| {ladder} | {' | '.join('-' if value is None else f'{value:.3f}' for value in values)} |")
     names = f"{', '.join(data.frame_names)} from {', '.join(data.condition_names) or 'nothing'}"
     call = "condition" if data.condition_names else "num_frames=100"
+    if args.lookahead and data.condition_names:
+        call += f", lookahead={args.lookahead[0]}"
     description = (
         f"A rolling diffusion model that streams {names}, frame by frame, in windows of {args.window_length} frames after "
         f"{args.context_length} of context. Trained with `training/train_rolling.py` on "

@@ -6,7 +6,8 @@ it, and the last emitted frames as context. Until no more frames are wanted:
     repeat m times:   z = step(network([context, z], times), times, z)
     emit the first l frames; they become context; the window moves on, with l frames of noise behind it
 
-A frame enters as noise W frames before it is emitted, and its condition is needed then: that is the look-ahead.
+A frame enters as noise W frames before it is emitted, and its condition is needed then: that is the look-ahead. With a shorter one it
+is without condition until it comes so near.
 """
 
 import copy
@@ -32,6 +33,8 @@ from .inputs import check_finite, checked_choice, checked_number, checked_steps
 
 WARMUPS = ("init", "pad")
 OUTPUT_TYPES = ("pt", "np")
+# More sequences at once than any memory holds are a mistake in the call.
+LARGEST_BATCH = 1_000_000
 
 
 @dataclass
@@ -67,10 +70,23 @@ class _Stream:
     condition_units: ChannelUnits
     context: torch.Tensor
     window: torch.Tensor
-    # Conditions of context and window together, and whether each is known.
+    lookahead: int
+    # Conditions of the context and of the first frames of the window together, and whether each is known.
     condition: torch.Tensor | None = None
     known: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     evaluations: int = 0
+    has_ended: bool = False
+
+    @property
+    def frames_left(self) -> int:
+        """Frames of the window that will be emitted: without those behind the end of the source, which entered before it was known."""
+        if not self.has_ended:
+            return self.window.shape[1]
+        return min(self.window.shape[1], self._conditions_ahead)
+
+    @property
+    def _conditions_ahead(self) -> int:
+        return 0 if self.condition is None else self.condition.shape[1] - self.context.shape[1]
 
     def noise(self, count: int) -> torch.Tensor:
         """`(batch, count, *frame_shape)` of noise."""
@@ -84,13 +100,16 @@ class _Stream:
         check_finite(noise, "what noise_source returned", self.dtype)
         return noise.to(self.device, self.dtype)
 
-    def entering(self, count: int) -> torch.Tensor | None:
-        """Up to `count` frames of noise, whose conditions are taken up; None where there is none to come."""
+    def entering(self, count: int, staying: int) -> torch.Tensor | None:
+        """Up to `count` frames of noise behind `staying` ones, and takes up the conditions that are due; None where there is none to come."""
         if self.source is not None and self.condition is not None:
-            pulled = self.source.pull(count)
-            count = pulled.shape[1]
+            due = max(0, self.lookahead - self._conditions_ahead)
+            pulled = self.source.pull(due)
             self.condition = torch.cat([self.condition, pulled], 1)
-            self.known = torch.cat([self.known, torch.ones(count, dtype=torch.bool)])
+            self.known = torch.cat([self.known, torch.ones(pulled.shape[1], dtype=torch.bool)])
+            self.has_ended |= pulled.shape[1] < due
+            if self.has_ended:
+                count = max(0, min(count, self._conditions_ahead - staying))
         return self.noise(count) if count else None
 
     def remember(self, frames: torch.Tensor) -> None:
@@ -169,6 +188,7 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None = None,
         output_type: str = "pt",
         return_dict: bool = True,
+        lookahead: int | None = None,
     ) -> RollingLadderPipelineOutput | tuple[Any, int]:
         """Collects a stream; the arguments are those of [`~RollingLadderPipeline.stream`].
 
@@ -178,6 +198,7 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
             generator, noise_source, callback_on_chunk_end: See `stream`.
             output_type (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple of its fields.
+            lookahead (`int`, *optional*): See `stream`.
 
         Returns:
             [`RollingLadderPipelineOutput`] or `tuple`: The frames, and the network evaluations.
@@ -192,7 +213,7 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         chunks = list(
             self.stream(
                 cond, num_frames, num_inference_steps, prefix, warmup, guidance_scale, batch_size, generator,
-                noise_source, callback_on_chunk_end,
+                noise_source, callback_on_chunk_end, lookahead,
             )
         )  # fmt: skip
         if not chunks:
@@ -215,13 +236,14 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         noise_source: Callable[[int], torch.Tensor] | None = None,
         callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None = None,
+        lookahead: int | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yields frames as they become ready.
 
         Args:
             cond (iterable, `torch.Tensor` or `np.ndarray`, *optional*):
                 One condition a frame: a tensor `(batch, frames, width)`, or anything that can be iterated over and yields
-                `(width,)` or `(batch, width)`. It is pulled `window_length` frames ahead, and never further. At its end the
+                `(width,)` or `(batch, width)`. It is pulled `lookahead` frames ahead, and never further. At its end the
                 window is emptied without new frames. Without it no frame has a condition, and the stream has no end of its own.
             num_frames (`int`, *optional*):
                 Frames to make; by default as many as there are conditions. They are the first of the endless stream, bit for bit.
@@ -243,8 +265,12 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
                 window, then of each `ladder_step` frames (and, with a `context_timestep`, of emitted ones before that).
             callback_on_chunk_end (`Callable`, *optional*):
                 Called as `callback(pipe, first_frame, tensors)` before frames are yielded, with `frames`, `(batch, ladder_step,
-                channels)`, and, if there is one, `condition`, `(batch, frames in the window behind them, width)`. What it returns
-                under these names replaces them: so a condition changes for frames that are on their way.
+                channels)`, and, if there is one, `condition`, `(batch, frames behind them whose condition is there, width)`. What it
+                returns under these names replaces them: so a condition changes for frames that are on their way.
+            lookahead (`int`, *optional*):
+                Frames, counted from the next one, whose condition the network sees, from `ladder_step` to `window_length`, the
+                default: a live source is so much ahead of what it causes. Frames behind them in the window are without condition
+                until they come so near, which the network must have seen in training.
 
         Returns:
             `Iterator[torch.Tensor]`: Of `(batch, ladder_step, channels)`, float32 (float64 for a float64 network); the last may be
@@ -264,6 +290,7 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         if num_frames is not None:
             checked_steps(num_frames, "num_frames")
         checked_choice(warmup, "warmup", WARMUPS)
+        ahead = _checked_lookahead(lookahead, self.scheduler.config, cond is not None)
         scale = checked_number(guidance_scale, "guidance_scale", 0.0, math.inf)
         if scale != 1.0 and cond is None and not getattr(self.transformer, "has_prompt", False):
             raise ValueError(
@@ -289,7 +316,7 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         )
         stream = _Stream(
             scheduler, source, count, num_frames, scale, generator, noise_source, callback_on_chunk_end, device, dtype,
-            frame_shape, frame_units, condition_units, context[:, :0], context[:, :0],
+            frame_shape, frame_units, condition_units, context[:, :0], context[:, :0], ahead,
         )  # fmt: skip
         if source is not None:
             stream.condition = torch.zeros(count, context.shape[1], width, device=device, dtype=dtype)
@@ -308,15 +335,15 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
                 if warmup == "pad":
                     padding = window
                     self._pad(stream, prefix)
-                elif (noise := stream.entering(window)) is not None:
+                elif (noise := stream.entering(window, 0)) is not None:
                     stream.window = noise
                     rows = torch.cat([scheduler.warmup_timesteps, scheduler.window_timesteps[:1]])
                     for now, following in zip(rows, rows[1:], strict=False):
                         self._evaluate(stream, now, following)
-                while stream.window.shape[1] and (wanted is None or made < wanted):
+                while stream.frames_left and (wanted is None or made < wanted):
                     for now in scheduler.window_timesteps:
                         self._evaluate(stream, now, None)
-                    frames = stream.window[:, :step].clone()
+                    frames = stream.window[:, : min(step, stream.frames_left)].clone()
                     if not padding:
                         frames = self._reported(stream, frames, made)
                     stream.remember(frames)
@@ -329,7 +356,8 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
                         yield shown
                         if made == wanted:
                             return
-                    _, stream.window = scheduler.roll(stream.window, stream.entering(step))
+                    staying = max(0, stream.window.shape[1] - step)
+                    _, stream.window = scheduler.roll(stream.window, stream.entering(step, staying))
             if stream.source is not None and stream.source.error is not None:
                 raise stream.source.error
             if wanted is not None and made < wanted:
@@ -373,16 +401,18 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         arguments: dict[str, Any] = {"num_context": context, "return_dict": False}
         sample, guided = frames.to(kind), stream.guidance_scale != 1.0
         if stream.condition is not None:
-            condition = stream.condition.to(kind)
+            missing = frames.shape[1] - stream.condition.shape[1]
+            condition = torch.nn.functional.pad(stream.condition, (0, 0, 0, missing)).to(kind)
+            known = torch.nn.functional.pad(stream.known, (0, missing))
             arguments["condition"] = torch.cat([condition, condition]) if guided else condition
-            arguments["condition_mask"] = stream.known.to(stream.device).expand(len(frames), -1)
+            arguments["condition_mask"] = known.to(stream.device).expand(len(frames), -1)
         if guided:
             # without a condition the network has a prompt of its own
-            known = arguments.get(
+            mask = arguments.get(
                 "condition_mask", torch.ones(frames.shape[:2], dtype=torch.bool, device=stream.device)
             )
             sample = torch.cat([sample, sample])
-            arguments["condition_mask"] = torch.cat([known, torch.zeros_like(known)])
+            arguments["condition_mask"] = torch.cat([mask, torch.zeros_like(mask)])
         answer = network(sample, times, **arguments)[0]
         stream.evaluations += 1
         if answer.shape != sample.shape:
@@ -431,15 +461,30 @@ def _batch_size(given: Any, from_cond: int | None, prefix: Any, generator: Any) 
         "prefix": len(prefix) if isinstance(prefix, torch.Tensor) and prefix.ndim else None,
         "generator": len(generator) if isinstance(generator, list) and generator else None,
     }
-    if given is not None:
-        checked_steps(given, "batch_size")
+    if given is not None and checked_steps(given, "batch_size") > LARGEST_BATCH:
+        raise ValueError(f"batch_size={given!r} is too large; use at most {LARGEST_BATCH}")
     count = next((value for value in (given, *told.values()) if value is not None), 1)
     for name, value in told.items():
         if value is not None and value != count:
+            shape = f" of shape {tuple(prefix.shape)}" if name == "prefix" else ""
             raise ValueError(
-                f"{name} has a batch of {value} where others have {count}; give the same batch_size to all"
+                f"{name}{shape} has a batch of {value} where others have {count}; give the same batch_size to all"
             )
     return int(count)
+
+
+def _checked_lookahead(lookahead: Any, config: Any, has_condition: bool) -> int:
+    """Frames whose condition is known, by default those of the window."""
+    least, most = config.ladder_step, config.window_length
+    if lookahead is None:
+        return int(most)
+    if isinstance(lookahead, bool) or not isinstance(lookahead, int) or not least <= lookahead <= most:
+        raise ValueError(
+            f"lookahead={lookahead!r} is not usable; use an int from {least}, the ladder_step, to {most}, the window_length"
+        )
+    if not has_condition:
+        raise ValueError(f"lookahead={lookahead!r} is of conditions; give a cond, or leave it out")
+    return lookahead
 
 
 def _checked_prefix(prefix: Any, batch_size: int, frame_shape: tuple[int, ...]) -> torch.Tensor:

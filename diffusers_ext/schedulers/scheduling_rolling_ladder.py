@@ -421,8 +421,10 @@ class RollingLadderScheduler(FlowConfigMixin, FrameProcessMixin, SchedulerMixin,
             data = (frames - self._spread(sigma, frames) * output) / self._spread(alpha, frames)
         elif kind == "v_prediction":
             data = self._spread(alpha, frames) * frames - self._spread(sigma, frames) * output
-        else:
+        elif kind == "flow_prediction":
             data = torch.addcmul(frames, self._spread(sigma, frames), output, value=-1.0)
+        else:
+            raise ValueError(f"prediction_type={kind!r} is not known; use one of {', '.join(PREDICTION_TYPES)}")
         clean = sigma == 0
         return torch.where(self._spread(clean, frames).bool(), frames, data) if clean.any() else data
 

@@ -133,6 +133,48 @@ def context_of_step(seed: int, step: int, context_length: int, short_share: floa
     return 0 if second < 0.5 else int(third * context_length)
 
 
+def check_lookaheads(lookaheads: Sequence[int] | None, ladder_step: int, window_length: int) -> None:
+    """Refuses lookaheads that streams would.
+
+    Raises:
+        ValueError: If one is less than the ladder step or more than the window.
+    """
+    for lookahead in lookaheads or ():
+        if not ladder_step <= lookahead <= window_length:
+            raise ValueError(
+                f"lookahead={lookahead} is not usable; use numbers from {ladder_step}, the longest ladder step, to "
+                f"{window_length}, the window_length"
+            )
+
+
+def known_conditions(
+    count: int, context: int, window_length: int, lookaheads: Sequence[int] | None, generator: torch.Generator
+) -> torch.Tensor:
+    """Which frames of windows have their condition: `(count, context + window_length)`, bool.
+
+    Args:
+        count (`int`): Windows.
+        context (`int`): Frames of context before them, which have theirs.
+        window_length (`int`): Frames of a window.
+        lookaheads (`Sequence[int]`, *optional*): Frames from the first of a window that have theirs, one of these drawn for each
+            window; by default all of them.
+        generator (`torch.Generator`): Source of the draws.
+
+    Example:
+        ```python
+        import torch
+        from diffusers_ext.training.rolling import known_conditions
+
+        known = known_conditions(1, 1, 4, [2], torch.Generator())
+        assert known.tolist() == [[True, True, True, False, False]]
+        ```
+    """
+    if not lookaheads:
+        return torch.ones(count, context + window_length, dtype=torch.bool)
+    drawn = torch.tensor(list(lookaheads))[torch.randint(len(lookaheads), (count, 1), generator=generator)]
+    return torch.arange(context + window_length) < context + drawn
+
+
 def ladder_timesteps(
     schedulers: dict[int, RollingLadderScheduler],
     ladders: Sequence[int],

@@ -10,7 +10,7 @@ from diffusers_ext import SimilarityFilter, StreamBatch
 from diffusers_ext.models import WanFrameAdapter
 from tests.helpers.tiny_models import tiny_stable_diffusion
 
-from .registry import INF, NAN, Argument, Function, Made
+from .registry import INF, NAN, Argument, Function, Made, shared_pipeline
 from .values import NOT_COUNTS, NOT_NUMBERS, NOT_TEXT, PICTURES, TYPOS
 
 
@@ -39,6 +39,11 @@ def _roll(height: Any, width: Any, prompt_embeds: Any, negative_prompt_embeds: A
     adapter = WanFrameAdapter(_video_transformer(), height, width, prompt_embeds, negative_prompt_embeds)
     with torch.no_grad():
         return adapter(**call).sample
+
+
+def _sequence(**call: Any) -> Any:
+    pipeline: Any = shared_pipeline("RollingLadderPipeline")
+    return pipeline(**call, return_dict=False)[0]
 
 
 def _skips(threshold: Any, max_skips: Any, generator: Any) -> bool:
@@ -88,6 +93,35 @@ FUNCTIONS_OF_STREAMS: tuple[Function, ...] = (
             ],
         ),
         "output_type": Argument(good=["pil", "np", "pt", "latent"], bad=["PIL", "nope", "", None, 0, [], object]),
+    }, is_model=True),
+    Function("RollingLadderPipeline", _sequence, {
+        "cond": Argument(
+            good=[torch.zeros(1, 6, 2), Made("<rows>", lambda rng: iter(torch.randn(rng.choice([1, 5, 9]), 2))), [[0.0, 1.0]] * 7],
+            bad=[
+                *NOT_TENSORS, torch.zeros(1, 6, 3), torch.zeros(6, 2), torch.zeros(0, 6, 2), torch.zeros(3, 6, 2), torch.zeros(1, 0, 2),
+                torch.full((1, 6, 2), NAN), [[0.0]], ["x"], [[INF, 0.0]], [[1j, 0.0]], {"a": 1}, "speech.wav", torch.zeros(1, 6, 2).long(),
+            ],
+        ),
+        "num_frames": Argument(good=[None, 1, 5], bad=[value for value in NOT_COUNTS if value is not None]),
+        "num_inference_steps": Argument(good=[None, 2, 4, 8], bad=[*NOT_COUNTS[:-3], True, 3, 1, 2000, object]),
+        "prefix": Argument(
+            good=[None, torch.zeros(1, 3, 3), torch.zeros(1, 0, 3)],
+            bad=[*NOT_TENSORS, torch.zeros(1, 3, 2), torch.zeros(3, 3), torch.zeros(2, 3, 3), torch.full((1, 3, 3), NAN)],
+        ),
+        "warmup": Argument(good=["init", "pad"], bad=TYPOS),
+        "guidance_scale": Argument(good=[1.0, 0, 3.0], bad=[*NOT_NUMBERS, -0.1, True]),
+        "batch_size": Argument(good=[None, 1], bad=[*[value for value in NOT_COUNTS if value is not None], 2]),
+        "generator": GENERATORS,
+        "noise_source": Argument(
+            good=[None, lambda count: torch.zeros(1, count, 3)],
+            bad=[5, "x", [], lambda count: None, lambda count: torch.zeros(1, count), lambda count: torch.full((1, count, 3), NAN)],
+        ),
+        "callback_on_chunk_end": Argument(
+            good=[None, lambda *call: None, lambda *call: {}],
+            bad=[5, "x", [], lambda *call: 5, lambda *call: {"window": 1}, lambda *call: {"frames": torch.zeros(1)}],
+        ),
+        "lookahead": Argument(good=[None, 2, 3, 4], bad=[0, 1, 5, -1, 2.5, NAN, "2", [], True, object]),
+        "output_type": Argument(good=["pt", "np"], bad=["PT", "pil", "", None, 0, [], object]),
     }, is_model=True),
     Function("SimilarityFilter", _skips, {
         "threshold": THRESHOLDS, "max_skips": Argument(good=[10, 1], bad=NOT_COUNTS), "generator": GENERATORS,

@@ -8,9 +8,11 @@ from diffusers_ext import RollingLadderScheduler
 from diffusers_ext.training.plots import line_panels
 from diffusers_ext.training.rolling import (
     check_curriculum,
+    check_lookaheads,
     context_of_step,
     curriculum_stage,
     inertial_loss,
+    known_conditions,
     ladder_timesteps,
     ladders_of_windows,
     rolling_target,
@@ -118,6 +120,25 @@ def test_context_is_short_as_often_as_is_asked_and_half_of_that_none():
     assert set(lengths) == set(range(9)) and lengths[:50] == [context_of_step(0, step, 8, 0.4) for step in range(50)]
     assert {context_of_step(0, step, 8, 0.0) for step in range(50)} == {8}
     assert {context_of_step(0, step, 0, 0.5) for step in range(50)} == {0}
+
+
+def test_conditions_are_known_up_to_one_of_the_lookaheads():
+    generator = torch.Generator().manual_seed(0)
+    known = known_conditions(300, 3, 8, [2, 5], generator)
+    assert known.shape == (300, 11) and known[:, :5].all()
+    ahead = known[:, 3:].sum(1)
+    assert set(ahead.tolist()) == {2, 5} and 100 < (ahead == 2).sum() < 200
+    # what is known is without gaps
+    assert (known.int().diff(dim=1) <= 0).all()
+    assert known_conditions(4, 3, 8, None, generator).all()
+
+
+@pytest.mark.parametrize("lookahead", [3, 9])
+def test_a_lookahead_that_no_stream_can_have_is_refused(lookahead: int):
+    check_lookaheads([4, 8], 4, 8)
+    check_lookaheads(None, 4, 8)
+    with pytest.raises(ValueError, match=f"lookahead={lookahead} is not usable; use numbers from 4, .* to 8"):
+        check_lookaheads([4, lookahead], 4, 8)
 
 
 def test_every_window_has_the_timesteps_of_its_own_ladder():

@@ -119,6 +119,18 @@ def test_training_lowers_the_loss(train: Callable[..., Path], prediction_type: s
     assert config.prediction_type == prediction_type and config.context_timestep == 0
 
 
+def test_a_network_is_trained_for_a_lookahead(train: Callable[..., Path]):
+    plain = train("plain", "--max_train_steps=2")
+    whole = train("whole", "--max_train_steps=2", "--lookahead", "8")
+    near = train("near", "--max_train_steps=2", "--lookahead", "2", "8")
+    assert losses(whole) == losses(plain) != losses(near)
+    assert "pipe.stream(condition, lookahead=2)" in (near / "README.md").read_text()
+    pipe = RollingLadderPipeline.from_pretrained(near)
+    pipe.set_progress_bar_config(disable=True)
+    raw = itertools.repeat([1000.0, 0.0], 20)
+    assert torch.cat(list(pipe.stream(raw, lookahead=2)), 1).shape == (1, 20, 2)
+
+
 def test_a_model_without_condition_is_trained_and_streams(train: Callable[..., Path], data: Path):
     index = json.loads((data / "sequences.json").read_text())
     (data / "sequences.json").write_text(json.dumps({**index, "condition": []}))
@@ -158,6 +170,7 @@ def test_rows_that_cannot_be_measured_are_refused_before_training(train: Callabl
         (["--ladder_curriculum", "2", "1"], "does not ascend"),
         (["--validation_ladders", "5"], "ladder_step=5 does not divide window_length=8"),
         (["--inertia_weight=0.7"], "--inertia_weight 0.7 is more than 0.5"),
+        (["--lookahead", "4", "9"], "lookahead=9 is not usable; use numbers from 1, the longest ladder step, to 8"),
         (["--context_timestep=2000"], "context_timestep=2000.0 is out of range"),
         (["--prediction_type=sample", "--flow_shift=0.5"], "--flow_shift is of flow models"),
         (["--prediction_type=sample", "--context_timestep=0.5"], "context_timestep=0.5 is not whole"),
@@ -172,6 +185,13 @@ def test_arguments_that_cannot_be_meant_are_refused(
     with pytest.raises(SystemExit) as caught:
         load_script("train_rolling").parse_args(given)
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_lookahead_of_data_without_condition_is_refused(train: Callable[..., Path], data: Path):
+    index = json.loads((data / "sequences.json").read_text())
+    (data / "sequences.json").write_text(json.dumps({**index, "condition": []}))
+    with pytest.raises(ValueError, match=r"lookahead=\[2\] is of conditions, of which .* has none; leave it out"):
+        train("run", "--max_train_steps=1", "--lookahead", "2")
 
 
 def test_a_file_in_the_place_of_the_run_is_refused(data: Path, capsys: pytest.CaptureFixture[str]):
