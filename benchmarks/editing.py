@@ -1,10 +1,11 @@
-"""Edits with a known ground truth: Guide-and-Rescale against SDEdit, DDIM inversion and LEDITS++, on the same model.
+"""Edits with a known ground truth: the editing methods of this package against their peers, on the same model.
 
     python benchmarks/editing.py       # measures; writes results/editing.json, and tables and pictures into docs/
     python benchmarks/editing.py --folder my_pictures --model stable-diffusion-v1-5/stable-diffusion-v1-5
 
 Every method gets the same pictures, captions, steps and weights, in one process. Settings are in
-`editing_methods.py`, measures in `editing_measures.py`, and both are explained in docs/editing_benchmark.md. A run
+`editing_methods.py` and `word_methods.py`, measures in `editing_measures.py`, and both are explained in
+docs/editing_benchmark.md. A run
 that is stopped goes on where it was: what is measured lies in --cache, and is measured again where model, pictures or
 settings are others.
 
@@ -92,7 +93,7 @@ class Bench:
             "model": hashlib.sha256(model).hexdigest()[:16],
             **{name: getattr(options, name) for name in ("count", "seed", "steps")},
         }
-        self._task: tuple[Task, list[Batch]] | None = None
+        self._tasks: dict[tuple[str, int | None], tuple[Task, list[Batch]]] = {}
 
     def _second_judge(self, path: Path) -> SecondJudge:
         if path.is_file():
@@ -116,25 +117,29 @@ class Bench:
     def remember(self, path: Path, values: Any) -> None:
         atomic_write(path, json.dumps({"facts": self.facts, "values": values}).encode())
 
-    def batches(self, name: str) -> tuple[Task, list[Batch]]:
-        """The pairs of a task, kept while the task stays the same, so that its pictures are inverted once."""
-        if self._task is None or self._task[0].name != name:
-            task = make_task(name, self.options.count, self.options.seed)
-            pairs, made = task.pairs, []
-            for first in range(0, len(pairs.source), self.options.batch):
-                rows = slice(first, first + self.options.batch)
-                seeds = list(range(len(pairs.source)))[rows]
-                made.append(
-                    Batch(
-                        pairs.source[rows],
-                        pairs.source_prompts[rows],
-                        pairs.target_prompts[rows],
-                        seeds,
-                        pairs.target[rows],
-                    )
+    def batches(self, name: str, pairs: int | None = None) -> tuple[Task, list[Batch]]:
+        """The pairs of a task, or its first ones, kept while the task is the same, so that they are inverted once."""
+        if name not in {kept for kept, _ in self._tasks}:
+            self._tasks = {(name, None): self._batched(make_task(name, self.options.count, self.options.seed))}
+        if (name, pairs) not in self._tasks:
+            self._tasks[name, pairs] = self._batched(self._tasks[name, None][0].first(pairs))
+        return self._tasks[name, pairs]
+
+    def _batched(self, task: Task) -> tuple[Task, list[Batch]]:
+        pairs, made = task.pairs, []
+        for first in range(0, len(pairs.source), self.options.batch):
+            rows = slice(first, first + self.options.batch)
+            seeds = list(range(len(pairs.source)))[rows]
+            made.append(
+                Batch(
+                    pairs.source[rows],
+                    pairs.source_prompts[rows],
+                    pairs.target_prompts[rows],
+                    seeds,
+                    pairs.target[rows],
                 )
-            self._task = task, made
-        return self._task
+            )
+        return task, made
 
     @torch.no_grad()
     def measure(self, name: str, setting: Setting) -> dict[str, list[Any]]:
@@ -143,7 +148,7 @@ class Bench:
         found = self.remembered(path)
         if found is not None:
             return found
-        task, batches = self.batches(name)
+        task, batches = self.batches(name, setting.pairs)
         pairs = task.pairs
         edited = torch.cat([setting.run(self.editors, batch) for batch in batches])
         features, truth = self.second.features(edited), self.second.features(pairs.target)
@@ -249,7 +254,8 @@ def main() -> None:
             f"outside {row['psnr_outside']['mean']:5.2f} dB  truth {row['psnr']['mean']:5.2f} dB",
             flush=True,
         )
-    costs = {setting.name: bench.cost(setting) for setting in SETTINGS}
+    measured_at_all = {name for rows in measured.values() for name in rows}
+    costs = {setting.name: bench.cost(setting) for setting in SETTINGS if setting.name in measured_at_all}
     result = {
         "settings": {**bench.facts, "guidance_scale": GUIDANCE_SCALE, "model": Path(options.model).name},
         "not_measurable": NOT_MEASURABLE,

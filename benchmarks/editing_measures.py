@@ -49,6 +49,15 @@ class Task:
     def changes(self) -> str:
         return "colour" if self.kind == "hearts" else self.kind
 
+    def first(self, count: int) -> "Task":
+        """Its first pairs."""
+        rows, pairs = slice(count), self.pairs
+        kept = EditPairs(
+            pairs.kind, pairs.source[rows], pairs.target[rows], pairs.mask[rows], pairs.source_prompts[rows],
+            pairs.target_prompts[rows], pairs.source_scenes[rows], pairs.target_scenes[rows],
+        )  # fmt: skip
+        return Task(self.hand, self.kind, kept, {name: labels[rows] for name, labels in self.wanted.items()})
+
 
 def places(scenes: EmojiScenes, common: EmojiScenes) -> torch.Tensor:
     """Where each object of `scenes` stands in the vocabulary of `common`."""
@@ -169,3 +178,18 @@ def summary_of(records: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, floa
         mean, error = mean_and_error(values)
         out[name] = {"mean": round(mean, 4), "error": round(error, 4)}
     return out
+
+
+def swapped(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(preservation, success) of (success, preservation): with [`best_mixture`], the success at a given preservation."""
+    return [(second, first) for first, second in points]
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points that no other is at least as good as in both and better in one, by success, then by name."""
+
+    def beaten(one: tuple[float, float]) -> bool:
+        return any(s >= one[0] and p >= one[1] and (s, p) != one for s, p in points.values())
+
+    kept = [name for name, point in points.items() if not beaten(point)]
+    return sorted(kept, key=lambda name: (points[name], name))

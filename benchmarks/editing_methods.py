@@ -5,16 +5,17 @@ the rest of the picture; its main setting makes the table, the others the curve.
 pictures of 64 pixels (LEDITS++), it was chosen among several on other pairs (seed 10 000), to the peer's advantage.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from ledits_batches import make_ledits
+from word_methods import WORD_METHODS, WORD_PEERS, WORD_SETTINGS
 
-from diffusers_ext import GuideAndRescalePipeline, InversionOutput
+from diffusers_ext import GuideAndRescalePipeline, InversionOutput, NullTextInversionPipeline
 
 
 GUIDANCE_SCALE = 3.5  # of every method, where it is not the knob
@@ -59,8 +60,9 @@ class Editors:
         parts = dict(self.guide.components)
         parts["scheduler"] = DDIMScheduler.from_config(parts["scheduler"].config)
         self.redraw = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+        self.words = NullTextInversionPipeline(**parts, requires_safety_checker=False)
         self.ledits = make_ledits(parts)
-        for pipe in (self.guide, self.redraw):
+        for pipe in (self.guide, self.redraw, self.words):
             pipe.set_progress_bar_config(disable=True)
         self.forward_passes = self.backward_passes = 0
         self.guide.unet.register_forward_pre_hook(self._count)
@@ -80,14 +82,32 @@ class Editors:
         latents = vae.encode(images.to(vae.device)).latent_dist.mode()
         return vae.decode(latents).sample.clamp(-1.0, 1.0).cpu()
 
+    def inverted(
+        self, batch: Batch, method: str = "ddim", guidance_scale: float = 1.0, settings: Mapping[str, Any] = {}
+    ) -> InversionOutput:
+        """The inversion of a batch, made once for all methods that have it in common."""
+        if method in ("ddim", "direct"):
+            if "ddim" not in batch.inversions:
+                batch.inversions["ddim"] = self.guide.invert(
+                    _from_unit(batch.images), batch.source, num_inference_steps=self.steps
+                )
+            ddim = batch.inversions["ddim"]
+            # Direct inversion is that trajectory, kept to while editing.
+            return ddim if method == "ddim" else replace(ddim, config={**ddim.config, "method": "direct"})
+        scale = guidance_scale if method == "null_text" else None
+        key = f"{method} {scale} {sorted(settings.items())}"
+        if key not in batch.inversions:
+            batch.inversions[key] = self.words.invert(
+                _from_unit(batch.images), batch.source, method, num_inference_steps=self.steps, guidance_scale=scale,
+                settings=settings, generator=batch.generators() if method == "edit_friendly" else None,
+            )  # fmt: skip
+            self.backward_passes += batch.inversions[key].backward_passes
+        return batch.inversions[key]
+
     def guided(self, batch: Batch, guidance_scale: float = GUIDANCE_SCALE, **settings: Any) -> torch.Tensor:
         """Guide-and-Rescale; with `guiders=[]` plain DDIM inversion and sampling."""
-        if "ddim" not in batch.inversions:
-            batch.inversions["ddim"] = self.guide.invert(
-                _from_unit(batch.images), batch.source, num_inference_steps=self.steps
-            )
         edited = self.guide(
-            inversion=batch.inversions["ddim"], prompt=batch.target, num_inference_steps=self.steps,
+            inversion=self.inverted(batch), prompt=batch.target, num_inference_steps=self.steps,
             guidance_scale=guidance_scale, samples_per_pass=None, output_type="pt", **settings,
         )  # fmt: skip
         self.backward_passes += edited.backward_passes
@@ -124,16 +144,26 @@ Run = Callable[[Editors, Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """One row: a method with its knob at one value."""
+    """One row: a method with its knob at one value.
+
+    Args:
+        method: One of `METHODS`, or a row that edits nothing.
+        knob: What is set.
+        main: Whether it is measured on every task.
+        run: Edits a batch.
+        pairs: How many pairs of a task it is measured on, None for all.
+    """
 
     method: str
     knob: str
     main: bool
     run: Run = field(compare=False)
+    pairs: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.method}, {self.knob}" if self.knob else self.method
+        few = "" if self.pairs is None else f"first {self.pairs} pairs"
+        return ", ".join(part for part in (self.method, self.knob, few) if part)
 
 
 def _from_unit(images: torch.Tensor) -> torch.Tensor:
@@ -142,7 +172,9 @@ def _from_unit(images: torch.Tensor) -> torch.Tensor:
 
 NO_EDIT, UPPER_LIMIT = "No edit", "Truth through the autoencoder"
 SDEDIT, DDIM, LEDITS, GUIDE = "SDEdit", "DDIM inversion + CFG", "LEDITS++", "Guide-and-Rescale"
-METHODS = (SDEDIT, DDIM, LEDITS, GUIDE)
+METHODS = (SDEDIT, DDIM, LEDITS, GUIDE, *WORD_METHODS)
+PEERS = (SDEDIT, DDIM, LEDITS, *WORD_PEERS)
+OURS = tuple(method for method in METHODS if method not in PEERS)
 
 
 def _guided(guidance_scale: float = GUIDANCE_SCALE, **settings: Any) -> Run:
@@ -177,6 +209,7 @@ def _settings() -> list[Setting]:
         Setting(GUIDE, "upper bound 1", False, _guided(rescale_range=(0.33, 1.0))),
         Setting(GUIDE, "scale 2.0, guided .8 of the steps", False, _guided(2.0, guidance_end=0.8)),
     ]
+    rows += [Setting(row.method, row.knob, row.main, row.edit, row.pairs) for row in WORD_SETTINGS]
     return rows
 
 

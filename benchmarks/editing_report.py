@@ -1,5 +1,4 @@
-"""The report of `editing.py`: a table in Markdown, the curves of success against preservation, and a sheet of
-edits."""
+"""The report of `editing.py`: tables in Markdown and a sheet of edits; the curves are in `editing_curves.py`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,38 +6,26 @@ from typing import Any
 
 import torch
 from common import ROOT
-from editing_measures import Task, best_mixture, paired_difference
-from editing_methods import DDIM, GUIDE, METHODS, NO_EDIT, SDEDIT, SETTINGS
-from page import write_between
-from PIL import Image, ImageDraw, ImageFont
+from editing_curves import curves, points_of, settings_of, trusted
+from editing_measures import Task, best_mixture, mean_and_error, paired_difference, pareto_front, swapped
+from editing_methods import DDIM, GUIDE, LEDITS, METHODS, OURS, PEERS, SDEDIT, SETTINGS
+from page import table, write_between
+from PIL import Image
+from word_methods import BLENDED, DDIM_WORDS
 
-from diffusers_ext.sheets import FAINT, FRAME, INK, PAPER, Tile, contact_sheet
+from diffusers_ext.sheets import PAPER, Tile, contact_sheet
 
 
 DOCS = ROOT / "docs"
 SHOWN = 4  # edits of each task and setting that are kept for the sheet
 BEGIN, END = "<!-- editing benchmark: begin -->", "<!-- editing benchmark: end -->"
-COLOURS = dict(zip(METHODS, ["#2f6f8f", "#7a8c2c", "#8a5fa8", "#c13b1a"], strict=True))
-SCALE = 2  # curves are drawn this much larger and averaged down
+LEVELS = (0.7, 0.8, 0.9, 0.95)  # of success
 MAIN = [setting for setting in SETTINGS if setting.main]
 
-SHORT = {"DDIM inversion + CFG": "DDIM + CFG"}  # over a column of the sheet
+SHEET = (SDEDIT, DDIM, LEDITS, DDIM_WORDS, GUIDE, BLENDED)  # methods that have a column
+SHORT = {DDIM: "DDIM + CFG", BLENDED: "direct + P2P, blend"}  # over a column of the sheet
 
 Records = Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]]
-
-
-def trusted(task: str) -> str:
-    """Whose success counts on a task: the attribute judge never saw another hand than Noto's, the second judge saw
-    both."""
-    return "success_judge" if task.startswith("noto") else "success_second"
-
-
-def _row(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join([_row(head), _row(["---"] * len(head)), *(_row(row) for row in rows)])
 
 
 def task_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -63,67 +50,141 @@ def task_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
             + [cell("psnr_outside", 2), f"{row['ssim_outside']['mean']:.3f}", f"{row['features_outside']['mean']:.3f}"]
             + [cell("psnr", 2), f"{row['ssim']['mean']:.3f}", f"{row['features']['mean']:.3f}"]
         )
-    return _table(head, out)
+    return table(head, out)
 
 
 def cost_table(costs: Mapping[str, Mapping[str, float | None]]) -> str:
     out = []
     for setting in SETTINGS:
+        if setting.name not in costs:
+            continue
         cost = costs[setting.name]
         memory = "–" if cost["peak_megabytes"] is None else f"{cost['peak_megabytes']:.0f}"
         out.append([setting.name, str(cost["forward"]), str(cost["backward"]), f"{cost['seconds']:.2f}", memory])
-    return _table(["method, knob", "forward passes", "backward passes", "seconds", "peak MB"], out)
+    return table(["method, knob", "forward passes", "backward passes", "seconds", "peak MB"], out)
 
 
-def paired_table(measured: Records) -> str:
-    """How far Guide-and-Rescale lies ahead of each method in its main setting, picture by picture."""
+def paired_table(measured: Records, lead: str) -> str:
+    """How far a method lies ahead of each other one in its main setting, picture by picture."""
     mains = {setting.method: setting.name for setting in MAIN}
-    others = [method for method in METHODS if method != GUIDE]
+    others = [method for method in METHODS if method != lead and method in mains]
     out = []
     for task, rows in measured.items():
+        if mains[lead] not in rows:
+            continue
         for measure, label in (
             ("psnr_outside", "PSNR outside"),
             ("psnr", "PSNR to truth"),
             (trusted(task), "success"),
         ):
-            cells = []
-            for other in others:
-                if mains[other] not in rows or mains[GUIDE] not in rows:
-                    cells.append("–")
-                    continue
-                mean, error = paired_difference(rows[mains[GUIDE]][measure], rows[mains[other]][measure])
-                cells.append(f"{mean:+.2f} ± {error:.2f}")
+            cells = [_ahead(rows, mains[lead], mains[other], measure) for other in others]
             out.append([task, label, *cells])
-    return _table(["pairs", "measure", *(f"over {mains[other]}" for other in others)], out)
+    return table(["pairs", "measure", *(f"over {mains[other]}" for other in others)], out)
 
 
-def points_of(task: str, rows: Mapping[str, Mapping[str, Any]], method: str) -> list[tuple[float, float]]:
-    """(success, PSNR outside) of every setting of a method that was measured."""
-    return [
-        (rows[setting.name][trusted(task)]["mean"], rows[setting.name]["psnr_outside"]["mean"])
-        for setting in SETTINGS
-        if setting.method == method and setting.name in rows
-    ]
+def _ahead(rows: Mapping[str, Mapping[str, Sequence[Any]]], first: str, second: str, measure: str) -> str:
+    """Mean and standard error of a difference, over the pairs that both were measured on."""
+    if first not in rows or second not in rows:
+        return "–"
+    pairs = min(len(rows[first][measure]), len(rows[second][measure]))
+    mean, error = paired_difference(rows[first][measure][:pairs], rows[second][measure][:pairs])
+    return f"{mean:+.2f} ± {error:.2f}"
+
+
+def few_table(measured: Records) -> str:
+    """Settings that were measured on a part of the pairs, and the lead's main setting minus each of them there."""
+    lead = next(setting.name for setting in MAIN if setting.method == BLENDED)
+    out = []
+    for task, rows in measured.items():
+        for setting in SETTINGS:
+            if setting.pairs is not None and setting.name in rows:
+                row = rows[setting.name]
+                share, kept = mean_and_error(row[trusted(task)]), mean_and_error(row["psnr_outside"])
+                cells = [f"{share[0]:.2f} ± {share[1]:.2f}", f"{kept[0]:.2f} ± {kept[1]:.2f}"]
+                ahead = [_ahead(rows, lead, setting.name, measure) for measure in (trusted(task), "psnr_outside")]
+                out.append([task, setting.name, *cells, *ahead])
+    head = ["pairs", "method, knob", "success", "PSNR outside", f"{lead} minus it: success", "PSNR outside"]
+    return table(head, out) if out else "None."
+
+
+def swept(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Tasks on which knobs were turned."""
+    return {task: rows for task, rows in tasks.items() if len(points_of(task, rows, DDIM)) > 1}
 
 
 def equal_success_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    """What each method keeps at the success of Guide-and-Rescale's main setting, and at rounder ones."""
-    main = next(setting.name for setting in MAIN if setting.method == GUIDE)
+    """What each method keeps at a success, where it was measured on every pair."""
+    methods = [method for method in METHODS if any(points_of(*item, method) for item in tasks.items())]
     out = []
-    for task, rows in tasks.items():
-        if main not in rows or any(len(points_of(task, rows, method)) < 2 for method in METHODS):
-            continue
-        own = rows[main][trusted(task)]["mean"]
-        for level in sorted({0.5, 0.7, 0.8, 0.9, own}):
-            kept = {method: best_mixture(points_of(task, rows, method), level) for method in METHODS}
+    for task, rows in swept(tasks).items():
+        for level in (0.5, *LEVELS):
+            kept = {method: best_mixture(points_of(task, rows, method), level) for method in methods}
             best = max((height for height in kept.values() if height is not None), default=None)
             texts = ["–" if height is None else f"{height:.2f}" for height in kept.values()]
             texts = [f"**{text}**" if h == best and h is not None else text for text, h in zip(texts, kept.values())]
-            ahead = "–"
-            if (ours := kept[GUIDE]) is not None and (plain := kept[DDIM]) is not None:
-                ahead = f"{ours - plain:+.2f}"
-            out.append([task, f"{level:.2f}" + (" (its main setting)" if level == own else ""), *texts, ahead])
-    return _table(["pairs", "success", *METHODS, f"{GUIDE} over DDIM"], out) if out else "The sweep has not been run."
+            out.append([task, f"{level:.2f}", *texts])
+    return table(["pairs", "success", *methods], out) if out else "The sweep has not been run."
+
+
+Best = tuple[float, str]  # how much, and which method
+
+
+def best_of(task: str, rows: Mapping[str, Any], methods: Sequence[str], level: float, of_success: bool) -> Best | None:
+    """The best of some methods at a level: PSNR outside at a success or, `of_success`, success at a PSNR outside."""
+    found: list[Best] = []
+    for method in methods:
+        points = points_of(task, rows, method)
+        height = best_mixture(swapped(points) if of_success else points, level)
+        if height is not None:
+            found.append((height, method))
+    return max(found, default=None)
+
+
+def _against(ours: Best | None, peers: Best | None, digits: int) -> list[str]:
+    texts = ["–" if best is None else f"{best[0]:.{digits}f} ({best[1]})" for best in (ours, peers)]
+    if ours is None or peers is None:
+        return [*texts, "–" if ours is None and peers is None else "peers alone" if ours is None else "ours alone"]
+    # Adding 0 takes the sign off a difference that rounds to -0.
+    return [*texts, f"{round(ours[0] - peers[0], digits) + 0.0:+.{digits}f}"]
+
+
+def pareto_tables(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """The best of ours and of the peers at equal success and at equal preservation, and where peers are ahead."""
+    at_success, at_preservation, behind = [], [], []
+    for task, rows in swept(tasks).items():
+        for level in LEVELS:
+            ours, peers = (best_of(task, rows, methods, level, of_success=False) for methods in (OURS, PEERS))
+            at_success.append([task, f"{level:.2f}", *_against(ours, peers, 2)])
+            if peers is not None and (ours is None or ours[0] < peers[0]):
+                behind.append(f"{task} at success {level:.2f}")
+        peaks = [best_of(task, rows, PEERS, level, of_success=False) for level in LEVELS]
+        for kept in sorted({best[0] for best in peaks if best is not None}, reverse=True):
+            # What was interpolated must not be out of reach by its own rounding.
+            ours, peers = (best_of(task, rows, methods, kept - 1e-9, of_success=True) for methods in (OURS, PEERS))
+            at_preservation.append([task, f"{kept:.2f}", *_against(ours, peers, 2)])
+            if peers is not None and (ours is None or ours[0] < peers[0] - 1e-6):
+                behind.append(f"{task} at {kept:.2f} dB")
+    if not at_success:
+        return "The sweep has not been run."
+    return "\n".join([
+        table(["pairs", "success", "best of ours: PSNR outside", "best of the peers", "ours over peers"], at_success),
+        "",
+        table(["pairs", "PSNR outside", "best of ours: success", "best of the peers", "ours over peers"], at_preservation),
+        "",
+        f"Peers are ahead: {', '.join(behind) if behind else 'at none of these'}.",
+    ])  # fmt: skip
+
+
+def front_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """The settings that no other beats in both."""
+    owner = {setting.name: setting.method for setting in SETTINGS}
+    out = []
+    for task, rows in swept(tasks).items():
+        points = settings_of(task, rows, METHODS)
+        for name in pareto_front(points):
+            whose = "peer" if owner[name] in PEERS else "ours"
+            out.append([task, name, whose, f"{points[name][0]:.2f}", f"{points[name][1]:.2f}"])
+    return table(["pairs", "method, knob", "whose", "success", "PSNR outside"], out)
 
 
 def judge_table(judges: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -134,76 +195,7 @@ def judge_table(judges: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         for hand, rows in judges.items()
         for judge, values in rows.items()
     ]
-    return _table(["drawings", "judge", *names[:-1], "all four"], out)
-
-
-def curves(tasks: Mapping[str, Mapping[str, Any]]) -> Image.Image:
-    """A panel a task: success to the right, PSNR outside the mask upwards, each method's settings joined in order."""
-    swept = [task for task, rows in tasks.items() if len(points_of(task, rows, GUIDE)) > 1] or list(tasks)
-    columns, panel, left, top = min(2, len(swept)), (400, 290), 56, 92
-    lines = -(-len(swept) // columns)
-    size = (columns * panel[0] + 24, top + lines * panel[1] + 16)
-    sheet = Image.new("RGB", (size[0] * SCALE, size[1] * SCALE), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    head, body, small = (ImageFont.load_default(size=points * SCALE) for points in (20, 13, 11))
-    draw.text((20 * SCALE, 14 * SCALE), "What is edited against what is kept", font=head, fill=INK)
-    x = 20 * SCALE
-    for method in METHODS:
-        draw.ellipse(_dot(x + 5 * SCALE, 58 * SCALE, 5), fill=COLOURS[method])
-        draw.text((x + 16 * SCALE, 49 * SCALE), method, font=body, fill=INK)
-        x += round(body.getlength(method)) + 40 * SCALE
-    draw.text((20 * SCALE, 70 * SCALE), "ring: main setting   to the right: success   up: PSNR outside the mask, dB"
-              "   dashes: autoencoder", font=small, fill=FAINT)  # fmt: skip
-    for number, task in enumerate(swept):
-        corner = (number % columns * panel[0] + left, top + number // columns * panel[1] + 26)
-        _panel(draw, task, tasks[task], corner, (panel[0] - left - 4, panel[1] - 62), body, small)
-    return sheet.resize(size, Image.Resampling.LANCZOS)
-
-
-def _panel(
-    draw: ImageDraw.ImageDraw, task: str, rows: Mapping[str, Any], corner: tuple[int, int], size: tuple[int, int],
-    body: Any, small: Any,
-) -> None:  # fmt: skip
-    heights = [p for method in METHODS for _, p in points_of(task, rows, method)]
-    limit = rows[NO_EDIT]["psnr_outside"]["mean"] if NO_EDIT in rows else None
-    low = 5 * int(min(heights) // 5)
-    high = max(5 * int(-(-max([*heights, limit or 0]) // 5)), low + 5)
-
-    def at(success: float, decibels: float) -> tuple[float, float]:
-        right = corner[0] + success * size[0]
-        down = corner[1] + (high - decibels) / (high - low) * size[1]
-        return right * SCALE, down * SCALE
-
-    draw.text((corner[0] * SCALE, (corner[1] - 22) * SCALE), task, font=body, fill=INK)
-    for decibels in range(low, high + 1, 5):
-        draw.line([at(0, decibels), at(1, decibels)], fill=FRAME, width=SCALE)
-        text = str(decibels)
-        x, y = at(0, decibels)
-        draw.text((x - small.getlength(text) - 6 * SCALE, y - 7 * SCALE), text, font=small, fill=FAINT)
-    for success in (0.0, 0.25, 0.5, 0.75, 1.0):
-        draw.line([at(success, low), at(success, high)], fill=FRAME, width=SCALE)
-        text = f"{success:g}"
-        x, y = at(success, low)
-        draw.text((x - small.getlength(text) / 2, y + 4 * SCALE), text, font=small, fill=FAINT)
-    if limit is not None:
-        for dash in range(0, 50, 2):
-            draw.line([at(dash / 50, limit), at((dash + 1) / 50, limit)], fill=FAINT, width=SCALE)
-    for method in METHODS:
-        points = [at(*point) for point in points_of(task, rows, method)]
-        # The others have more than one knob, and their settings form no line.
-        if method in (SDEDIT, DDIM) and len(points) > 1:
-            draw.line(points, fill=COLOURS[method], width=2 * SCALE, joint="curve")
-        for x, y in points:
-            draw.ellipse(_dot(x, y, 4), fill=COLOURS[method])
-        main = next(setting.name for setting in MAIN if setting.method == method)
-        if main in rows:
-            x, y = at(rows[main][trusted(task)]["mean"], rows[main]["psnr_outside"]["mean"])
-            draw.ellipse(_dot(x, y, 8), outline=COLOURS[method], width=2 * SCALE)
-
-
-def _dot(x: float, y: float, radius: float) -> tuple[float, float, float, float]:
-    radius *= SCALE
-    return x - radius, y - radius, x + radius, y + radius
+    return table(["drawings", "judge", *names[:-1], "all four"], out)
 
 
 def picture(image: torch.Tensor) -> Image.Image:
@@ -215,23 +207,26 @@ def picture(image: torch.Tensor) -> Image.Image:
 
 def sheet_of(measured: Records, tasks: Mapping[str, Task], file_of: Callable[..., Path], each: int = 2) -> Image.Image:
     """The first pairs of every task with every method in its main setting; none is picked."""
-    names = [setting for setting in MAIN if setting.method in METHODS]
+    names = [setting for method in SHEET for setting in MAIN if setting.method == method]
+    names = [setting for setting in names if any(setting.name in rows for rows in measured.values())]
     lines = []
     for task, rows in measured.items():
-        if any(setting.name not in rows for setting in names):
-            continue
         pairs = tasks[task].pairs
-        edits = [torch.load(file_of(task, setting.name).with_suffix(".pt"), weights_only=True) for setting in names]
+        edits = {
+            setting.name: torch.load(file_of(task, setting.name).with_suffix(".pt"), weights_only=True)
+            for setting in names
+            if setting.name in rows
+        }
         for i in range(min(each if task.startswith("noto") else 1, len(pairs.source))):
             tiles = [Tile(picture(pairs.source[i]), pairs.source_prompts[i])]
             tiles.append(Tile(picture(pairs.target[i]), pairs.target_prompts[i], compare=pairs.source_prompts[i]))
-            tiles += [
-                Tile(
-                    picture(edit[i]),
-                    f"{_mark(task, rows[setting.name], i)} {rows[setting.name]['psnr_outside'][i]:.1f} dB",
-                )
-                for edit, setting in zip(edits, names, strict=True)
-            ]
+            for setting in names:
+                if setting.name in edits:
+                    row = rows[setting.name]
+                    words = f"{_mark(task, row, i)} {row['psnr_outside'][i]:.1f} dB"
+                    tiles.append(Tile(picture(edits[setting.name][i]), words))
+                else:
+                    tiles.append(Tile(Image.new("RGB", (8, 8), PAPER), "not measured"))
             lines.append(tiles)
     return contact_sheet(
         lines,
@@ -259,20 +254,36 @@ def save_small(image: Image.Image, path: Path, limit: int = 300_000) -> None:
 
 
 def markdown(result: Mapping[str, Any], measured: Records) -> str:
-    parts = ["### The judges' own accuracy\n", judge_table(result["judges"]), "\n### At equal success\n"]
+    parts = ["### The judges' own accuracy\n", judge_table(result["judges"]), "\n### Ours against the peers\n"]
     parts += [
-        "The most PSNR outside the mask that a method keeps at a given success, choosing at random between two "
-        "of its settings where that is best; – where it gets there with none. The best of a row is bold.\n",
+        f"Peers are {', '.join(PEERS[:-1])} and {PEERS[-1]}; ours are {', '.join(OURS[:-1])} and {OURS[-1]}. Of each side "
+        "the best method at a success is taken, and at what the best peer keeps at those successes. A method may choose "
+        "at random between two of its settings where that is best. Settings that were measured on every pair.\n",
+        pareto_tables(result["tasks"]),
+        "\n### The Pareto front\n",
+        "The settings that no other beats in both success and PSNR outside the mask; the line of the picture.\n",
+        front_table(result["tasks"]),
+        "\n### At equal success\n",
+        "The most PSNR outside the mask that a method keeps at a given success; – where it gets there with none of its "
+        "settings. The best of a row is bold.\n",
         equal_success_table(result["tasks"]),
+        "\n### Measured on fewer pairs\n",
+        few_table(measured),
         "\n### Main settings, picture by picture\n",
-        f"{GUIDE} minus the other, mean and standard error over the pairs.\n",
-        paired_table(measured),
-        "\n### Cost of one picture\n",
+    ]
+    for lead in (BLENDED, GUIDE):
+        parts += [
+            f"{lead} minus the other, mean and standard error over the pairs.\n",
+            paired_table(measured, lead),
+            "",
+        ]
+    parts += [
+        "### Cost of one picture\n",
         "Inversion included. Seconds are of one CPU thread; memory is what the process grows by at most, weights not "
         "counted.\n",
         cost_table(result["costs"]),
         "\n### Everything\n",
-        f"Mean ± standard error over {result['settings']['count']} pairs.",
+        f"Mean ± standard error over {result['settings']['count']} pairs, or as many as the row says.",
     ]
     for task, rows in result["tasks"].items():
         parts += [f"\n#### {task}\n", task_table(rows)]

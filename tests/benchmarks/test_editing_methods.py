@@ -38,6 +38,9 @@ def main_of(method: str):
         ("LEDITS++", STEPS + 2 * STEPS, 0),
         # 2 of 4 steps are guided (.6), the first of them without a gradient: nothing differs from the source yet
         ("Guide-and-Rescale", STEPS + 2 * STEPS + 2, 1),
+        # source and edit with words, and the edit without them; a source that is sampled needs both as well
+        ("Direct + P2P + blend", STEPS + 3 * STEPS, 0),
+        ("DDIM + P2P", STEPS + 4 * STEPS, 0),
     ],
 )
 @torch.no_grad()
