@@ -341,7 +341,7 @@ def test_a_callback_hears_of_every_step_and_round_of_an_inversion(pipe):
     inverted(pipe, "null_text", callback_on_step_end=lambda pipe, step, t, report: heard.append((step, t, report)))
     assert [step for step, _, report in heard if report["stage"] == "inversion"] == [0, 1, 2]
     rounds = [(step, report["round"]) for step, _, report in heard if report["stage"] == "optimisation"]
-    assert rounds == [(step, number) for step in range(STEPS) for number in range(2)]
+    assert rounds == [(step, number) for step in range(STEPS) for number in range(4)]
     assert all(report["loss"] >= 0 for _, _, report in heard if report["stage"] == "optimisation")
 
 
@@ -439,12 +439,12 @@ def test_the_hooks_of_accelerate_survive_and_move_the_networks(pipe, inversions)
     hooked, hook = build(), Counts()
     add_hook_to_module(hooked.unet, hook)
     inversion = inverted(hooked, "null_text", gradient_checkpointing=True)
-    # Three of the inversion, and in each step one of the source and two rounds.
-    assert hook.calls == inversion.network_evaluations == 3 + 3 * 3
+    # Three of the inversion, and in each step one of the source and four rounds.
+    assert hook.calls == inversion.network_evaluations == 3 + 3 * 5
     controller = replace(pipe, [SOURCE, EDIT])
     found = latents_of(hooked, EDIT, inversion=inversion, controller=controller)
     assert torch.equal(found, latents_of(pipe, EDIT, inversion=inversions["null_text"], controller=controller))
-    assert hooked.unet._hf_hook is hook and hook.calls == 12 + 3
+    assert hooked.unet._hf_hook is hook and hook.calls == 18 + 3
 
 
 def test_a_lora_takes_part_in_inversion_and_edit(pipe):
@@ -464,8 +464,8 @@ def test_an_optimisation_that_leaves_the_numbers_keeps_the_best_so_far(pipe, mon
     def fails_late(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         output = forward(*args, **kwargs)
-        # 3 of the inversion; then each step has one of the source and two of its rounds.
-        return (output[0] * float("nan"),) if len(calls) == 3 + 3 + 2 else output
+        # 3 of the inversion; then each step has one of the source and four of its rounds.
+        return (output[0] * float("nan"),) if len(calls) == 3 + 5 + 2 else output
 
     monkeypatch.setattr(pipe.unet, "forward", fails_late)
     with pytest.raises(InversionStoppedError, match="picture 0 stopped in step 2 of 3 .* round 1") as caught:

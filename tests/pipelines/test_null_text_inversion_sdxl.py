@@ -104,7 +104,7 @@ def test_what_null_text_optimises_is_what_the_cross_attention_reads(pipe):
     assert len({tuple(item["time_ids"].flatten().tolist()) for item in told}) == 1
     # Without words the pooled embedding is zeros, in every round; the embeddings move.
     without = [item for item in told if not item["text_embeds"].any()]
-    assert len(without) == STEPS * 2 and len(told) == STEPS * 4
+    assert len(without) == STEPS * 4 and len(told) == STEPS * 6
     assert not torch.equal(without[0]["text"], without[1]["text"])
 
 
