@@ -255,7 +255,12 @@ def main() -> None:
             flush=True,
         )
     measured_at_all = {name for rows in measured.values() for name in rows}
-    costs = {setting.name: bench.cost(setting) for setting in SETTINGS if setting.name in measured_at_all}
+    costs = {
+        setting.name: bench.cost(setting)
+        for setting in SETTINGS
+        if setting.name in measured_at_all
+        and not (options.report and bench.remembered(bench.file("cost", setting.name)) is None)
+    }
     result = {
         "settings": {**bench.facts, "guidance_scale": GUIDANCE_SCALE, "model": Path(options.model).name},
         "not_measurable": NOT_MEASURABLE,
