@@ -5,6 +5,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 # Passed to pytest, e.g. TESTS="-k imaging -x".
 TESTS ?=
+# Processes of the tests, one thread each.
+WORKERS ?= 2
 DEMO_DIR ?= demo
 
 PY := $(VENV)/bin/python
@@ -51,13 +53,13 @@ demo: $(CORE)
 	$(VENV)/bin/diffusers-ext demo --output $(DEMO_DIR)
 
 test: quality
-	$(PY) -m pytest --ignore=tests/docs $(TESTS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal --ignore=tests/docs $(TESTS)
 
 quality: $(DEV)
 	$(PY) -m ruff format --check $(LINTED)
 	$(PY) -m ruff check $(LINTED)
 	$(PY) -m mypy
-	$(PY) -m pytest -q tests/docs
+	$(PY) -m pytest -q -n $(WORKERS) tests/docs
 
 style: $(DEV)
 	$(PY) -m ruff check --fix $(LINTED)
