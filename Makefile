@@ -28,7 +28,7 @@ help:
 	@echo "make test         format, lint, types, doc snippets and the fast tests"
 	@echo "make quality      the first four of those;  make style  formats and fixes"
 	@echo "make bench        the measurements in benchmarks/, but for motion.py, pie_bench.py and speech.py, which need data"
-	@echo "make docs         checks snippets and links of the documentation, redraws its pictures"
+	@echo "make docs         the documentation as HTML in docs/_build/html, its gallery run anew; snippets and links are checked"
 	@echo "make data         builds the picture set of the demo model"
 	@echo "make nightly      the slow tests;  make reliability  fuzzing, kills, damaged files"
 	@echo "make upstream CHECKOUT=path   the suites of a diffusers checkout against our classes"
@@ -70,7 +70,9 @@ bench: $(DEV)
 	for script in $(filter-out $(WITH_DATA),$(wildcard benchmarks/*.py)); do $(PY) $$script || exit 1; done
 
 docs: $(DEV)
+	$(PIP) -e ".[docs]"
 	$(PY) -m pytest -q tests/docs
+	$(PY) -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 	$(VENV)/bin/diffusers-ext demo --output $(DEMO_DIR)
 	cp $(DEMO_DIR)/sheet.png docs/images/demo.png
 
@@ -88,5 +90,5 @@ upstream: $(DEV)
 	DIFFUSERS_CHECKOUT="$(CHECKOUT)" $(PY) -m pytest -m upstream $(TESTS)
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo docs/_build docs/auto_gallery docs/models
 	find diffusers_ext training tests -name __pycache__ -type d -prune -exec rm -rf {} +
