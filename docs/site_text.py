@@ -24,6 +24,7 @@ rolling_motion
 stream_batch
 editing_benchmark
 pie_bench
+own_scheduler
 reliability
 auto_gallery/index
 reference/index
