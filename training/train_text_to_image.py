@@ -8,14 +8,12 @@ The output folder loads with `StableDiffusionPipeline.from_pretrained(output_dir
 """
 
 import argparse
-import json
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_ext.training.arguments import (
@@ -27,9 +25,9 @@ from diffusers_ext.training.arguments import (
     positive_int,
     share,
 )
-from diffusers_ext.training.coupling import COUPLINGS, couple
+from diffusers_ext.training.coupling import COUPLINGS, couple, draw_noise
 from diffusers_ext.training.data import make_source
-from diffusers_ext.training.export import install_model, picture_grid, push_folder, write_card
+from diffusers_ext.training.export import install_model, picture_grid, push_folder, save_pipeline, write_card
 from diffusers_ext.training.latents import CachedLatents, FreshLatents, cache_name, encoder_of
 from diffusers_ext.training.objectives import (
     PREDICTION_TYPES,
@@ -158,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
         prompts = ["" if empty else caption for empty, caption in zip(emptied.tolist(), captions)]
         uniform = stratified_uniform(total, stream(args.seed, step, "timesteps"))
         shape = (total, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        noise = torch.randn(shape, generator=stream(args.seed, step, "noise"))
+        noise = draw_noise(args.noise_coupling, shape, stream(args.seed, step, "noise"))
         return [
             (data.latents(keys[rows]), noise[rows], uniform[rows], tokens(prompts[rows]))
             for rows in trainer.own_rows()
@@ -183,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
     generator = stream(args.seed, 0, "validation")
     fixed = (
         clean,
-        torch.randn(clean.shape, generator=generator),
+        draw_noise(args.noise_coupling, clean.shape, generator),
         stratified_uniform(len(clean), generator),
         tokens(captions),
     )
@@ -215,24 +213,6 @@ def main(args: argparse.Namespace) -> None:
             logger.info("uploaded: %s", push_folder(args))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path, dtype: str) -> None:
-    """Writes the pipeline; half precision by way of a copy, because the parts themselves may still be trained."""
-    if dtype == "fp32":
-        pipeline.save_pretrained(folder)
-        return
-    with tempfile.TemporaryDirectory(prefix=".full-", dir=folder) as full:
-        pipeline.save_pretrained(full)
-        StableDiffusionPipeline.from_pretrained(full, dtype=torch.float16).save_pretrained(folder)
-    for path in folder.glob("**/*.json"):
-        if path.name in ("model_index.json", "config.json"):
-            config = json.loads(path.read_text(encoding="utf-8"))
-            config.pop("_name_or_path", None)  # a folder that is gone by now
-            if "dtype" in config:
-                # transformers computes in the type named here, diffusers in float32: the parts would not fit together
-                config["dtype"] = "float32"
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_model_card(

@@ -1,6 +1,6 @@
 """Exponential moving average of the weights, as one fused operation over all tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ class WeightAverage:
     Args:
         module: The network; only parameters that require gradients are averaged.
         decay: Final decay in [0, 1).
+        names: Names of the parameters to average, of those that require gradients; default all.
 
     Raises:
         ValueError: If `decay` is outside its range.
@@ -25,11 +26,15 @@ class WeightAverage:
         >>> average.update(step=1)
     """
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, module: nn.Module, decay: float, names: Collection[str] | None = None):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay={decay!r} must be in [0, 1); 0 keeps the newest weights")
         self.decay = decay
-        self._named = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self._named = {
+            name: value
+            for name, value in module.named_parameters()
+            if value.requires_grad and (names is None or name in names)
+        }
         # clone() keeps the strides, so that average and weights stay one memory-bound pass in channels-last
         self._shadow = {name: value.detach().clone() for name, value in self._named.items()}
 

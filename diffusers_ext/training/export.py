@@ -1,5 +1,6 @@
 """From trained weights to a folder that stock diffusers loads, with a card and, if wanted, on the Hub."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
@@ -54,6 +56,30 @@ def install_model(write: Callable[[Path], None], output_dir: str | os.PathLike[s
         raise OSError(f"the model could not be saved in {output_dir}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, dtype: str) -> None:
+    """Writes a pipeline; half precision by way of a copy, because the parts themselves may still be trained.
+
+    Args:
+        pipeline: The pipeline, in float32.
+        folder: An empty folder.
+        dtype: "fp32" or "fp16".
+    """
+    if dtype == "fp32":
+        pipeline.save_pretrained(folder)
+    else:
+        with tempfile.TemporaryDirectory(prefix=".full-", dir=folder) as full:
+            pipeline.save_pretrained(full)
+            type(pipeline).from_pretrained(full, dtype=torch.float16).save_pretrained(folder)
+    for path in folder.glob("**/*.json"):
+        if path.name in ("model_index.json", "config.json"):
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config.pop("_name_or_path", None)  # a folder of this machine
+            if "dtype" in config:
+                # transformers computes in the type named here, diffusers in float32: the parts would not fit together
+                config["dtype"] = "float32"
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def picture_grid(images: torch.Tensor, columns: int) -> Image.Image:

@@ -29,7 +29,7 @@ def noisy(clean: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor, spread
     Returns:
         Noisy samples (n, ...).
     """
-    return _like(signal, clean) * clean + _like(spread, clean) * noise
+    return per_sample(signal, clean) * clean + per_sample(spread, clean) * noise
 
 
 def target(
@@ -53,7 +53,7 @@ def target(
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
-        return _like(signal, clean) * noise - _like(spread, clean) * clean
+        return per_sample(signal, clean) * noise - per_sample(spread, clean) * clean
     if prediction_type == "flow":
         return noise - clean
     raise ValueError(f"prediction_type={prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}")
@@ -77,7 +77,7 @@ def clean_from_prediction(
     Raises:
         ValueError: For an unknown `prediction_type`.
     """
-    signal, spread = _like(signal, sample), _like(spread, sample)
+    signal, spread = per_sample(signal, sample), per_sample(spread, sample)
     if prediction_type == "epsilon":
         return (sample - spread * prediction) / signal
     if prediction_type == "v_prediction":
@@ -146,5 +146,6 @@ def weighted_mse(prediction: torch.Tensor, wanted: torch.Tensor, weights: torch.
     return (error * weights).mean()
 
 
-def _like(levels: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+def per_sample(levels: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """One number a sample, (n,), in the shape (n, 1, ...) that multiplies `samples` (n, ...), in their type and place."""
     return levels.to(samples).reshape(-1, *[1] * (samples.ndim - 1))

@@ -12,10 +12,10 @@ import signal
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,8 @@ _DEFINING = (
     "seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_scheduler",
     "lr_warmup_steps", "decay_fraction", "lr_end", "ema_decay", "mixed_precision", "dataset_name", "train_data_dir",
     "objects", "vendors", "resolution", "prediction_type", "window_length", "context_length", "ladder_curriculum",
+    "method", "pretrained_teacher_model", "use_lora", "lora_rank", "w_min", "w_max", "num_ddim_timesteps", "fake_update_ratio",
+    "fake_learning_rate", "num_denoising_steps", "backward_simulation", "real_guidance_scale", "gan_weight", "divergence",
 )  # fmt: skip
 
 Validate = Callable[[int], tuple[dict[str, float], Image.Image | None]]
@@ -45,6 +47,16 @@ Validate = Callable[[int], tuple[dict[str, float], Image.Image | None]]
 
 class TrainingDivergedError(ArithmeticError):
     """The loss is no longer a finite number."""
+
+
+class Stateful(Protocol):
+    """What a method remembers between steps besides weights, e.g. a running mean."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Tensors to save."""
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over tensors saved from `state_dict`."""
 
 
 def learning_rate_factor(
@@ -106,23 +118,34 @@ class Trainer:
         args: Arguments of `add_training_arguments`.
         accelerator: From `make_accelerator`.
         module: The network; parameters that do not require gradients stay as they are.
+        states: What else belongs into a checkpoint, by name.
 
     Raises:
         CheckpointError: If `args.resume_from_checkpoint` cannot be read or belongs to another network, or if it is not
             given and `args.output_dir` already holds checkpoints.
     """
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, module: nn.Module):
+    # of the entries of what `_optimise` returns
+    loss_names: tuple[str, ...] = ("loss",)
+
+    def __init__(
+        self,
+        args: Namespace,
+        accelerator: Accelerator,
+        module: nn.Module,
+        states: Mapping[str, Stateful] | None = None,
+    ):
         self.args = args
         self.accelerator = accelerator
         # the stubs of `Module.to` do not know memory_format
         self.module: nn.Module = module.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.step = 0
         self.seconds = 0.0
+        self.states = dict(states or {})
         self._named = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        self.average = WeightAverage(module, args.ema_decay) if args.use_ema else None
+        self.average = self._new_average() if args.use_ema else None
         optimizer = torch.optim.AdamW(
-            list(self._named.values()),
+            self._parameter_groups(),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
@@ -140,8 +163,17 @@ class Trainer:
                 f"{args.output_dir} already holds {present[-1][1].name} of another run; add --resume_from_checkpoint latest "
                 f"to go on with it, or choose another output_dir"
             )
-        self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        self._prepare(optimizer)
         self._stop = threading.Event()
+
+    def _new_average(self) -> WeightAverage:
+        return WeightAverage(self.module, self.args.ema_decay)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self._named.values())}]
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
 
     @property
     def global_batch_size(self) -> int:
@@ -158,15 +190,15 @@ class Trainer:
 
     def fit(
         self,
-        make_batches: Callable[[int], list[Any]],
-        loss_of: Callable[[nn.Module, Any], torch.Tensor],
+        make_batches: Callable[[int], Any],
+        loss_of: Any,
         validate: Validate,
     ) -> None:
         """Trains until `max_train_steps` or `max_train_seconds`, whichever comes first, and saves a checkpoint.
 
         Args:
-            make_batches: From the step to this process's batches, one a forward pass; a pure function.
-            loss_of: From network and batch to the mean loss.
+            make_batches: From the step to this process's list of batches, one a forward pass; a pure function.
+            loss_of: From network and batch to the mean loss, a scalar.
             validate: From the step to metrics and a picture; called with the averaged weights in place.
 
         Raises:
@@ -178,7 +210,7 @@ class Trainer:
             self.accelerator.init_trackers("training", {name: str(value) for name, value in recorded(args).items()})
         steps = range(self.step, args.max_train_steps)
         began = mark = time.monotonic()
-        total, since = torch.zeros((), device=self.accelerator.device), 0
+        total, since = torch.zeros(len(self.loss_names), device=self.accelerator.device), 0
         self.model.train()
         batches_of = prefetched(make_batches, steps, 3 * args.dataloader_num_workers)
         with self._stopping_on_sigterm():
@@ -224,39 +256,49 @@ class Trainer:
             yield
         self.module.train()
 
-    def _optimise(self, batches: list[Any], loss_of: Callable[[nn.Module, Any], torch.Tensor]) -> torch.Tensor:
+    def _begin_step(self) -> float:
+        """Seeds the layers and returns the factor of the learning rates."""
         args = self.args
-        factor = learning_rate_factor(
-            self.step, args.max_train_steps, args.lr_scheduler, args.lr_warmup_steps, args.decay_fraction, args.lr_end
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = args.learning_rate * factor
         # for networks with dropout; everything else draws from named streams
         torch.manual_seed(stream_seed(args.seed, self.step, "layers", self.accelerator.process_index))
+        return learning_rate_factor(
+            self.step, args.max_train_steps, args.lr_scheduler, args.lr_warmup_steps, args.decay_fraction, args.lr_end
+        )
+
+    def _end_step(self) -> None:
+        self.step += 1
+        if self.average:
+            self.average.update(self.step)
+
+    def _optimise(self, batches: Any, loss_of: Any) -> torch.Tensor:
+        """One step; returns the mean of each loss, in the order of `loss_names`."""
+        factor = self._begin_step()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.learning_rate * factor
         total = torch.zeros((), device=self.accelerator.device)
         for i, batch in enumerate(batches, 1):
             with nullcontext() if i == len(batches) else self.accelerator.no_sync(self.model):
                 loss = loss_of(self.model, batch) / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
-        self.accelerator.clip_grad_norm_(self._named.values(), args.max_grad_norm)
+        self.accelerator.clip_grad_norm_(self._named.values(), self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        if self.average:
-            self.average.update(self.step)
-        return total
+        self._end_step()
+        return total[None]
 
     def _log(self, total: torch.Tensor, steps: int, seconds: float) -> None:
-        loss = float(self.accelerator.reduce(total, "mean")) / steps
+        means = (self.accelerator.reduce(total, "mean") / steps).tolist()
         rate = self.optimizer.param_groups[0]["lr"]
-        if not math.isfinite(loss):
-            raise TrainingDivergedError(
-                f"the loss is {loss} at step {self.step}; resume from the last checkpoint with a smaller learning_rate "
-                f"than {self.args.learning_rate} or a smaller max_grad_norm than {self.args.max_grad_norm}"
-            )
+        for name, loss in zip(self.loss_names, means):
+            if not math.isfinite(loss):
+                raise TrainingDivergedError(
+                    f"the {name} is {loss} at step {self.step}; resume from the last checkpoint with a smaller "
+                    f"learning_rate than {self.args.learning_rate} or a smaller max_grad_norm than "
+                    f"{self.args.max_grad_norm}"
+                )
         speed = steps * self.global_batch_size / seconds
-        self._record({"loss": loss, "learning_rate": rate, "images_per_second": speed})
+        self._record({**dict(zip(self.loss_names, means)), "learning_rate": rate, "images_per_second": speed})
 
     def _record(self, entry: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
@@ -300,6 +342,12 @@ class Trainer:
             tensors = {"model": dict(self._named), "optimizer": moments}
             if self.average:
                 tensors["ema"] = self.average.state_dict()
+            if self.states:
+                tensors["states"] = {
+                    f"{name}.{key}": value
+                    for name, remembered in self.states.items()
+                    for key, value in remembered.state_dict().items()
+                }
             state = {
                 "args": recorded(self.args), "seconds": self.seconds + seconds, "world": self.accelerator.num_processes
             }  # fmt: skip
@@ -322,6 +370,8 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(saved[name])
+                if f"step.{name}" not in tensors["optimizer"]:
+                    continue  # it has had no gradient yet
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     value = tensors["optimizer"][f"{key}.{name}"]
                     # like the parameter in its strides too, which decide how the fused kernel walks
@@ -331,6 +381,14 @@ class Trainer:
             if "ema" not in tensors:
                 raise CheckpointError(f"checkpoint {folder} has no averaged weights; resume with --no-use_ema")
             self.average.load_state_dict(tensors["ema"])
+        for title, remembered in self.states.items():
+            entries = tensors.get("states", {})
+            own = {key[len(title) + 1 :]: value for key, value in entries.items() if key.startswith(f"{title}.")}
+            if not own:
+                raise CheckpointError(
+                    f"checkpoint {folder} holds no {title}; give the arguments that it was trained with"
+                )
+            remembered.load_state_dict(own)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         now = {**recorded(self.args), "world": self.accelerator.num_processes}
         then = {**state["args"], "world": state["world"]}

@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from diffusers_ext.training.autoencoding import new_autoencoder
+from diffusers_ext.training.text_to_image import assemble, new_text_encoder, new_unet
+from diffusers_ext.training.tokenizer import train_tokenizer
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +78,22 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     new_autoencoder((8, 8), norm_num_groups=2).save_pretrained(folder)
     return folder
+
+
+def _save_teacher(folder: Path, prediction_type: str) -> Path:
+    """A stock pipeline of a few thousand weights."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([f"a {colour} square on {colour}" for colour in COLOURS], 12)
+    unet = new_unet((16, 16), 4, 8, 16, heads=2, norm_num_groups=4)
+    parts = new_autoencoder((8, 8), norm_num_groups=2), unet, new_text_encoder(tokenizer, 16, 1, 2), tokenizer
+    assemble(*parts, prediction_type).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    return {kind: _save_teacher(folder / kind, kind) for kind in ("epsilon", "v_prediction", "flow")}
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,14 @@ def test_a_trained_pipeline_can_be_trained_further(train: Train):
 
 
 @pytest.mark.parametrize(
-    "option", [["--noise_coupling=immiscible"], ["--snr_gamma=1"], ["--gradient_accumulation_steps=2"]]
+    "option",
+    [
+        ["--noise_coupling=immiscible"],
+        ["--noise_coupling=immiscible_knn"],
+        ["--noise_coupling=optimal_transport"],
+        ["--snr_gamma=1"],
+        ["--gradient_accumulation_steps=2"],
+    ],
 )
 def test_options_of_the_objective_change_the_training_and_nothing_else(train: Train, option: list[str]):
     plain, other = train("plain", "--max_train_steps=2"), train("other", "--max_train_steps=2", *option)

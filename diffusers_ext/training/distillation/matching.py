@@ -1,0 +1,210 @@
+r"""Training of a one- to four-step student by distribution matching: DMD2 (arXiv 2405.14867) and f-distill (arXiv 2502.15681).
+
+The student maps noisy latents at the timesteps t_1 > ... > t_N to clean ones. What it meets at t_k in training is what it meets at
+inference: its own output at t_{k-1}, noised (backward simulation). Student, fake score and teacher are three networks, or one frozen
+network with two LoRA adapters. The head of the discriminator reads the bottleneck of the fake score.
+    student: DMD gradient at a random timestep of [0.02 T, 0.98 T] + gan_weight softplus(-D)
+    fake score and head: its own objective on the student's samples + discriminator_weight (softplus(D) + softplus(-D(real)))
+"""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from ..adapters import SharedBase
+from ..alternating import Player
+from .dmd import dmd_gradient, few_step_timesteps, surrogate_loss
+from .f_divergence import DensityRatioWeights
+from .gan import DiscriminatorHead, captured, discriminator_loss, generator_loss
+from .lcm import guided
+from .stable_diffusion import STUDENT, Teacher, merged_unet
+
+
+FAKE = "fake"
+# of the training schedule, for the gradient of the student; the fake score learns all of it
+TIMESTEP_SHARE = (0.02, 0.98)
+
+
+@dataclass(frozen=True)
+class MatchingBatch:
+    """What a loss draws at random, and the prompts.
+
+    Args:
+        words: Embeddings of the prompts (n, length, width).
+        path: Noise of the student's path, (steps, n, c, h, w): its start, and what is added before each later step.
+        last: Step of the path that is trained, 0 ... steps - 1; the same on all processes.
+        noise: Added to the student's samples, (n, c, h, w).
+        uniform: Draws from [0, 1) for their timesteps, (n,).
+        real: Latents of pictures (n, c, h, w); for the discriminator, or for paths that start from them.
+        real_noise: Added to `real` for the discriminator.
+    """
+
+    words: torch.Tensor
+    path: torch.Tensor
+    last: int
+    noise: torch.Tensor
+    uniform: torch.Tensor
+    real: torch.Tensor | None = None
+    real_noise: torch.Tensor | None = None
+
+
+class MatchingNetworks(nn.Module):
+    """Student, fake score and discriminator.
+
+    Args:
+        teacher: The frozen teacher; with a LoRA its UNet carries the adapters.
+        num_denoising_steps: Steps of the student, 1 or more.
+        lora_rank: Rank of both adapters; `None` trains two full copies.
+        gan: Whether there is a discriminator.
+        backward_simulation: Whether paths start from noise and follow the student; else from noised pictures.
+        seed: Seed of the initial weights of adapters and head.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        num_denoising_steps: int,
+        lora_rank: int | None,
+        gan: bool = False,
+        backward_simulation: bool = True,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.backward_simulation = backward_simulation
+        self.schedule = teacher.schedule
+        self.timesteps = few_step_timesteps(num_denoising_steps, self.schedule.num_train_timesteps)
+        self.base: SharedBase | None = None
+        if lora_rank is None:
+            self.student = copy.deepcopy(teacher.unet).requires_grad_(True)
+            self.fake = copy.deepcopy(teacher.unet).requires_grad_(True)
+        else:
+            self.student = self.fake = teacher.unet
+            self.base = SharedBase(teacher.unet, [STUDENT, FAKE], rank=lora_rank, seed=seed)
+        self.head: DiscriminatorHead | None = None
+        if gan:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.head = DiscriminatorHead(teacher.unet.config.block_out_channels[-1]).to(teacher.unet.device)
+
+    def players(self, learning_rate: float, fake_learning_rate: float, fake_update_ratio: int) -> dict[str, Player]:
+        """Who learns what, in the order of a round."""
+        trainable = [name for name, value in self.named_parameters() if value.requires_grad]
+        if self.base:
+            # the network has two names here, of which torch lists the first
+            own = self.base.parameter_names(STUDENT, "student.")
+        else:
+            own = frozenset(name for name in trainable if name.startswith("student."))
+        others = frozenset(trainable) - own
+        return {
+            FAKE: Player(others, fake_learning_rate, turns=fake_update_ratio),
+            STUDENT: Player(own, learning_rate, averaged=True),
+        }
+
+    def active(self, name: str) -> AbstractContextManager[None]:
+        """A context in which the shared network is the student or the fake score."""
+        return self.base.using(name) if self.base else nullcontext()
+
+    def clean(self, sample: torch.Tensor, timestep: int, words: torch.Tensor) -> torch.Tensor:
+        """The student's clean latents for noisy ones at one timestep."""
+        timesteps = torch.full((len(sample),), timestep, device=sample.device)
+        with self.active(STUDENT):
+            prediction = self.student(sample, timesteps, words).sample
+        return self.schedule.clean(prediction.float(), sample, timesteps)
+
+    def judge(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The fake score's prediction, and logits (n, 1) of the discriminator if there is one."""
+        with self.active(FAKE), captured(self.fake.mid_block) as features:
+            prediction = self.fake(sample, timesteps, words).sample.float()
+        return prediction, self.head(features[0]) if self.head else None
+
+    def generated(self, batch: MatchingBatch) -> torch.Tensor:
+        """The student's clean latents at the step of the batch; only that step has a graph."""
+        sample, timestep = batch.path[0], self.timesteps[batch.last]
+        if not self.backward_simulation:
+            if batch.real is None:
+                raise ValueError("without backward_simulation paths start from pictures; give real")
+            return self.clean(self._noised(batch.real, sample, timestep), timestep, batch.words)
+        with torch.no_grad():
+            for i in range(batch.last):
+                done = self.clean(sample, self.timesteps[i], batch.words)
+                sample = self._noised(done, batch.path[i + 1], self.timesteps[i + 1])
+        return self.clean(sample, timestep, batch.words)
+
+    def plain_unet(self) -> UNet2DConditionModel:
+        """The student as a stock UNet; a LoRA is merged into a copy."""
+        return merged_unet(self.base, STUDENT) if self.base else self.student
+
+    def _noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+        return self.schedule.noisy(clean, noise, torch.full((len(clean),), timestep, device=clean.device))
+
+
+def student_loss(
+    networks: MatchingNetworks,
+    teacher: Teacher,
+    batch: MatchingBatch,
+    guidance_scale: float = 1.0,
+    gan_weight: float = 0.0,
+    weights: DensityRatioWeights | None = None,
+) -> torch.Tensor:
+    """Loss of the student; its value tells how far teacher and fake score are apart.
+
+    Args:
+        networks: Student, fake score and discriminator.
+        teacher: The frozen teacher.
+        batch: Draws and prompts.
+        guidance_scale: Classifier-free guidance of the teacher, which the student learns to have built in.
+        gan_weight: Weight of the adversarial loss, 0 or more; needs a discriminator.
+        weights: Of an f-divergence; `None` is reverse KL. Needs a discriminator.
+    """
+    if networks.head is None and (gan_weight or weights):
+        raise ValueError("gan_weight and weights need a discriminator; make MatchingNetworks with gan=True")
+    schedule = networks.schedule
+    low, high = (int(share * schedule.num_train_timesteps) for share in TIMESTEP_SHARE)
+    timesteps = (low + batch.uniform * (high - low)).long()
+    clean = networks.generated(batch)
+    sample = schedule.noisy(clean, batch.noise, timesteps)
+    with torch.no_grad():
+        scale = torch.full_like(batch.uniform, guidance_scale - 1.0)
+        real = guided(*teacher.predictions(sample, timesteps, batch.words), scale)
+    with nullcontext() if gan_weight else torch.no_grad():
+        prediction, logits = networks.judge(sample, timesteps, batch.words)
+    weight = None
+    if weights is not None and logits is not None:
+        weight = weights(logits.detach(), timesteps / schedule.num_train_timesteps)
+    gradient = dmd_gradient(
+        clean,
+        schedule.clean(real.float(), sample, timesteps),
+        schedule.clean(prediction, sample, timesteps),
+        weight=weight,
+    )
+    loss = surrogate_loss(clean, gradient)
+    return loss + gan_weight * generator_loss(logits) if gan_weight and logits is not None else loss
+
+
+def fake_loss(networks: MatchingNetworks, batch: MatchingBatch, discriminator_weight: float = 0.0) -> torch.Tensor:
+    """Loss of fake score and discriminator: the objective of the teacher's family on the student's samples.
+
+    Args:
+        networks: Student, fake score and discriminator.
+        batch: Draws and prompts; with `real` and `real_noise` if there is a discriminator.
+        discriminator_weight: Weight of its loss, 0 or more.
+    """
+    schedule = networks.schedule
+    timesteps = (batch.uniform * schedule.num_train_timesteps).long()
+    with torch.no_grad():
+        clean = networks.generated(batch)
+    prediction, logits = networks.judge(schedule.noisy(clean, batch.noise, timesteps), timesteps, batch.words)
+    loss = (prediction - schedule.target(clean, batch.noise, timesteps)).square().mean()
+    if logits is None:
+        return loss
+    if batch.real is None or batch.real_noise is None:
+        raise ValueError("the discriminator needs latents of pictures; give real and real_noise")
+    real_sample = schedule.noisy(batch.real, batch.real_noise, timesteps)
+    _, real_logits = networks.judge(real_sample, timesteps, batch.words)
+    return loss + discriminator_weight * (0.0 if real_logits is None else discriminator_loss(real_logits, logits))

@@ -1,0 +1,168 @@
+"""Teachers and students in the layout of Stable Diffusion 1.x and 2.x."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from ..adapters import SharedBase
+from ..latents import encoder_of
+from .lcm import guidance_embedding
+from .parameterization import NoiseSchedule
+
+
+STUDENT = "student"
+
+
+class Teacher:
+    """A frozen text-to-image pipeline with what distillation asks of it.
+
+    Args:
+        name: Folder or Hub id of a `StableDiffusionPipeline`.
+        device: Where its parts are put.
+
+    Raises:
+        ValueError: If it is a pipeline of another family, or was distilled already.
+        OSError: If it cannot be found or read.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        family = StableDiffusionPipeline.load_config(name).get("_class_name")
+        if family != "StableDiffusionPipeline":
+            raise ValueError(f"pretrained_teacher_model={name!r} is a {family}; give a StableDiffusionPipeline")
+        self.pipeline = StableDiffusionPipeline.from_pretrained(
+            name, safety_checker=None, requires_safety_checker=False, use_safetensors=True, dtype=torch.float32
+        ).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        for part in (self.pipeline.vae, self.pipeline.unet, self.pipeline.text_encoder):
+            part.requires_grad_(False).eval()
+        if self.unet.config.time_cond_proj_dim is not None:
+            raise ValueError(
+                f"pretrained_teacher_model={name!r} reads an embedding of the guidance: it is distilled already; "
+                f"give the model that it was made of"
+            )
+        self.schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler)
+        self.encode: Callable[[torch.Tensor], torch.Tensor] = encoder_of(self.pipeline.vae)
+        self.empty = self.embeddings(self.tokens([""]))
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        """The denoiser."""
+        return self.pipeline.unet
+
+    def tokens(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Token ids (n, length) on the CPU."""
+        tokenizer = self.pipeline.tokenizer
+        return tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids  # fmt: skip
+
+    @torch.no_grad()
+    def embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What the text encoder makes of token ids, (n, length, width)."""
+        return self.pipeline.text_encoder(input_ids.to(self.pipeline.device))[0]
+
+    @torch.no_grad()
+    def predictions(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predictions with and without the prompt, in one pass.
+
+        Args:
+            sample: Noisy latents (n, c, h, w).
+            timesteps: (n,).
+            words: Embeddings of the prompts (n, length, width).
+        """
+        both = torch.cat([words, self.empty.expand_as(words)])
+        output = self.unet(sample.repeat(2, 1, 1, 1), timesteps.repeat(2), both).sample
+        conditional, unconditional = output.chunk(2)
+        return conditional, unconditional
+
+    def student_pipeline(self, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:
+        """The teacher's pipeline with another UNet and scheduler."""
+        parts = {**self.pipeline.components, "unet": unet, "scheduler": scheduler}
+        pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def with_guidance_input(unet: UNet2DConditionModel, dimension: int) -> UNet2DConditionModel:
+    """A copy of a UNet that also reads an embedding of the guidance, and at first ignores it.
+
+    Args:
+        unet: A UNet without such an input.
+        dimension: Width of the embedding, `time_cond_proj_dim`.
+
+    Returns:
+        A new UNet with the same weights and a projection of zeros; the global random state is not touched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        student = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": dimension})
+    student.load_state_dict(unet.state_dict(), strict=False)
+    nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student.to(unet.device)
+
+
+class LatentConsistencyStudent(nn.Module):
+    """The UNet that is trained: a full copy of the teacher's that is told the guidance, or a LoRA on the teacher itself.
+
+    Args:
+        teacher: The frozen teacher. With a LoRA its UNet gets the adapter, and remains the teacher while that is not at work.
+        lora_rank: Rank of the LoRA; `None` trains a full copy.
+        time_cond_proj_dim: Width of the guidance embedding of a full copy.
+        seed: Seed of the LoRA's initial weights.
+    """
+
+    def __init__(self, teacher: Teacher, lora_rank: int | None, time_cond_proj_dim: int = 256, seed: int = 0):
+        super().__init__()
+        self.base: SharedBase | None = None
+        if lora_rank is None:
+            self.unet = with_guidance_input(teacher.unet, time_cond_proj_dim).requires_grad_(True)
+        else:
+            self.unet = teacher.unet
+            self.base = SharedBase(self.unet, [STUDENT], rank=lora_rank, seed=seed)
+
+    def forward(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor, w: torch.Tensor
+    ) -> torch.Tensor:
+        """Prediction (n, c, h, w) for noisy latents of that shape, timesteps (n,), embeddings and guidance w (n,)."""
+        dimension = self.unet.config.time_cond_proj_dim
+        told = None if dimension is None else guidance_embedding(w, dimension).to(sample)
+        with self.active():
+            return self.unet(sample, timesteps, words, timestep_cond=told).sample
+
+    def active(self):
+        """A context in which `unet` is the student."""
+        return self.base.using(STUDENT) if self.base else nullcontext()
+
+    def plain_unet(self) -> UNet2DConditionModel:
+        """The student as a stock UNet; a LoRA is merged into a copy."""
+        return merged_unet(self.base, STUDENT) if self.base else self.unet
+
+
+def merged_unet(base: SharedBase, name: str) -> UNet2DConditionModel:
+    """A stock UNet with the adapter `name` merged into its weights."""
+    unet = UNet2DConditionModel.from_config(base.network.config)
+    unet.load_state_dict(base.merged_state_dict(name))
+    return unet.to(next(base.network.parameters()).device)
+
+
+def few_step_scheduler(teacher: Teacher, num_ddim_timesteps: int, timestep_scaling: float) -> LCMScheduler:
+    """The stock scheduler that a student of consistency distillation is sampled with.
+
+    Raises:
+        ValueError: If the teacher is a flow: `LCMScheduler` has no such prediction.
+    """
+    if teacher.schedule.is_flow:
+        raise ValueError(
+            "the teacher predicts a flow, which LCMScheduler cannot sample; give a teacher of epsilon or v_prediction"
+        )
+    return LCMScheduler.from_config(
+        teacher.pipeline.scheduler.config,
+        original_inference_steps=num_ddim_timesteps,
+        timestep_scaling=timestep_scaling,
+        clip_sample=False,
+    )
