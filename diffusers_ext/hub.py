@@ -28,6 +28,7 @@ from huggingface_hub.utils import validate_repo_id
 DEFAULT_MODEL_NAME = "emoji-scenes-64"
 DEFAULT_MODEL_ID = f"diffusers-ext/{DEFAULT_MODEL_NAME}"
 RESTORATION_MODEL_NAME = "mr-restoration"
+FLOW_MODEL_NAME = "emoji-scenes-flow"
 MODEL_VARIABLE = "DIFFUSERS_EXT_MODEL"
 INDEX_NAME = "model_index.json"
 

@@ -1,5 +1,8 @@
 """Pipelines, one method a file."""
 
+from .pipeline_flowchef import FlowChefPipeline
+from .pipeline_flowchef_flux import FlowChefFluxPipeline
+from .pipeline_flowchef_sd3 import FlowChefStableDiffusion3Pipeline
 from .pipeline_guide_and_rescale import GuideAndRescalePipeline, GuideAndRescalePipelineOutput
 from .pipeline_guide_and_rescale_sdxl import GuideAndRescaleStableDiffusionXLPipeline
 from .pipeline_mr_restoration import MRRestorationPipeline, MRRestorationPipelineOutput
@@ -11,6 +14,9 @@ from .stream_batch import StreamBatch
 
 
 __all__ = [
+    "FlowChefFluxPipeline",
+    "FlowChefPipeline",
+    "FlowChefStableDiffusion3Pipeline",
     "GuideAndRescalePipeline",
     "GuideAndRescalePipelineOutput",
     "GuideAndRescaleStableDiffusionXLPipeline",

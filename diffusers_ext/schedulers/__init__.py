@@ -10,6 +10,7 @@ from .scheduling_adaptive_adams import AdaptiveAdamsScheduler
 from .scheduling_bdia_ddim import BDIADDIMScheduler
 from .scheduling_bdia_ddim_inverse import BDIADDIMInverseScheduler
 from .scheduling_evodiff import EVODiffScheduler
+from .scheduling_flair import FLAIRScheduler
 from .scheduling_flow_chef import FlowChefScheduler
 from .scheduling_flow_chef_dpmsolver_multistep import FlowChefDPMSolverMultistepScheduler
 from .scheduling_flow_chef_heun import FlowChefHeunScheduler
@@ -29,6 +30,7 @@ __all__ = [
     "BDIADDIMInverseScheduler",
     "BDIADDIMScheduler",
     "EVODiffScheduler",
+    "FLAIRScheduler",
     "FlowChefDPMSolverMultistepScheduler",
     "FlowChefHeunScheduler",
     "FlowChefLCMScheduler",

@@ -22,6 +22,23 @@ def translated_flow_config(config: Any) -> dict[str, Any]:
     return {"prediction_type": "flow_prediction", "flow_shift": config.get("shift", 1.0)}
 
 
+def translated_multistep_config(config: Any) -> dict[str, Any]:
+    """Settings of a flow-matching scheduler that say what the config of a DPM-Solver or UniPC scheduler means.
+
+    Raises:
+        ValueError: If it is the config of a diffusion model.
+    """
+    if not hasattr(config, "get") or "use_flow_sigmas" not in config or "shift" in config:
+        return {}
+    kind = config.get("prediction_type")
+    if not config["use_flow_sigmas"] or kind != "flow_prediction":
+        raise ValueError(
+            f"prediction_type={kind!r}, use_flow_sigmas={config['use_flow_sigmas']!r}: this config is not one of a flow model; use "
+            "one with prediction_type='flow_prediction' and use_flow_sigmas=True"
+        )
+    return {"shift": config.get("flow_shift", 1.0)}
+
+
 class FlowConfigMixin:
     """For schedulers with `prediction_type="flow_prediction"` and a `flow_shift`."""
 

@@ -39,7 +39,7 @@ class Objective(Protocol):
     """What a scheduler asks of an objective. [`diffusers_ext.steering`] has some; anything with `grad` is one.
 
     It may also have `prox(clean, variance)` and `project(clean)`, which return the new estimate; without them, those data steps
-    are refused.
+    are refused. And it may have `at(share)`, which returns the objective for the step that begins at that share of the run.
     """
 
     def grad(self, clean: torch.Tensor) -> torch.Tensor:
@@ -140,6 +140,12 @@ class FlowSteeringMixin:
     # Whether noise may be exchanged between two steps: not where the next one goes back to the state before.
     _may_renoise = True
     _data_steps: tuple[str, ...] = DATA_STEPS
+    # What pipelines of diffusion models ask of a scheduler and those of flow models do not.
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The sample as the network takes it: as it is."""
+        return sample
 
     def _start(self) -> None:
         config = self.config
@@ -325,7 +331,11 @@ class FlowSteeringMixin:
 
     def _asked(self, method: str, index: int, clean: torch.Tensor, *extra: float) -> torch.Tensor:
         """What the objective answers, once it is sound."""
-        answer, name = getattr(self._objective, method)(clean, *extra), type(self._objective).__name__
+        objective = self._objective
+        if callable(getattr(objective, "at", None)):
+            per_step = self._evaluations_per_step
+            objective = objective.at(index // per_step / math.ceil(len(self.timesteps) / per_step))
+        answer, name = getattr(objective, method)(clean, *extra), type(objective).__name__
         if not isinstance(answer, torch.Tensor) or answer.shape != clean.shape:
             found = f"shape {tuple(answer.shape)}" if isinstance(answer, torch.Tensor) else type(answer).__name__
             raise ValueError(

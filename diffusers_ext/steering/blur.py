@@ -71,7 +71,7 @@ class Blur(LinearOperator):
         if kernel.ndim != 2:
             raise ValueError(f"kernel has shape {tuple(kernel.shape)}; give one of shape (height, width), both odd")
         for side, size in zip(("height", "width"), kernel.shape, strict=True):
-            check_odd(f"kernel: its {side}", size)
+            check_odd(f"kernel of shape {tuple(kernel.shape)}: its {side}", size)
         if not bool(torch.isfinite(kernel).all()) or not bool(kernel.any()):
             raise ValueError(f"kernel of shape {tuple(kernel.shape)} is zero or not finite; give a finite one")
         self.kernel = kernel.detach().double()

@@ -83,6 +83,17 @@ class FunctionObjective(Objective):
     def loss(self, clean: torch.Tensor) -> torch.Tensor:
         return self._loss(check_pictures("clean", clean))
 
+    def floor(self, clean: torch.Tensor) -> float:
+        """The loss that is low enough.
+
+        Args:
+            clean (`torch.Tensor` of shape `(batch, ...)`): Samples of the size that counts.
+
+        Returns:
+            `float`: The loss.
+        """
+        return self._floor_of(clean)
+
     def grad(self, clean: torch.Tensor) -> torch.Tensor:
         clean = check_pictures("clean", clean)
         # Pipelines run without gradients, and some in inference mode, whose tensors take part in none.
@@ -216,6 +227,8 @@ class DecodedObjective(FunctionObjective):
             )
         super().__init__(self._decoded_loss, 0.0, largest_step)
         self.vae, self.objective, self.checkpointing = vae, objective, checkpointing
+        if callable(getattr(objective, "start", None)) and callable(getattr(vae, "encode", None)):
+            self.start = self._started
         self._floors: dict[torch.Size, float] = {}
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -229,14 +242,37 @@ class DecodedObjective(FunctionObjective):
         """
         if not callable(getattr(self.vae, "decode", None)):
             return self.vae(latents)
+        scale, shift = self._statistics(latents)
+        latents = latents * scale + shift
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Latents of pictures, shifted and scaled as in the pipeline: `decode` leads back as far as the autoencoder does.
+
+        Args:
+            pictures (`torch.Tensor` of shape `(batch, 3, ..., height, width)`): Pictures in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, channels, ..., height, width)`: float32, means of what the encoder says.
+
+        Raises:
+            TypeError: If `vae` is a function, or cannot encode.
+        """
+        if not callable(getattr(self.vae, "encode", None)):
+            raise TypeError(f"vae={type(self.vae).__name__} cannot encode; give an autoencoder")
+        answer = self.vae.encode(pictures.to(self.vae.dtype))
+        found = answer.latents if hasattr(answer, "latents") else answer.latent_dist.mode()
+        scale, shift = self._statistics(found.float())
+        return (found.float() - shift) / scale
+
+    def _statistics(self, like: torch.Tensor) -> tuple[Any, Any]:
+        """What latents are multiplied with, and what is added then, before they are decoded."""
         config = self.vae.config
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            shape = (1, -1, *[1] * (latents.ndim - 2))
-            mean, std = (latents.new_tensor(config[name]).reshape(shape) for name in ("latents_mean", "latents_std"))
-            latents = latents * std + mean
-        else:
-            latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+            shape = (1, -1, *[1] * (like.ndim - 2))
+            mean, std = (like.new_tensor(config[name]).reshape(shape) for name in ("latents_mean", "latents_std"))
+            return std, mean
+        return 1.0 / (config.get("scaling_factor") or 1.0), config.get("shift_factor") or 0.0
 
     def grad(self, clean: torch.Tensor) -> torch.Tensor:
         with _ready_to_differentiate(self.vae, self.checkpointing):
@@ -244,6 +280,10 @@ class DecodedObjective(FunctionObjective):
 
     def _decoded_loss(self, clean: torch.Tensor) -> torch.Tensor:
         return self.objective.loss(self.decode(clean))
+
+    def _started(self, like: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.encode(self.objective.start(self.decode(like)).clamp(-1, 1))
 
     def _floor_of(self, clean: torch.Tensor) -> float:
         floor = getattr(self.objective, "floor", None)

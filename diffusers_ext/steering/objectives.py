@@ -146,6 +146,17 @@ class MeasurementObjective(Objective):
         residual, _ = self._residual(clean)
         return clean - self.operator._pinv(residual)
 
+    def start(self, like: torch.Tensor) -> torch.Tensor:
+        """The likeliest of samples of mean 0 and variance 1: where an optimisation begins.
+
+        Args:
+            like (`torch.Tensor` of shape `(batch, ...)`): Samples of the size that counts.
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        return self.prox(torch.zeros_like(like), 1.0)
+
     def floor(self, clean: torch.Tensor) -> float:
         """The loss that the noise leaves in the true picture, on average.
 
@@ -270,6 +281,66 @@ class SumObjective(Objective):
         return torch.stack([weight * part.grad(clean) for part, weight in parts]).sum(0)
 
 
+class StagedObjective(Objective):
+    """One objective after another in the course of a run.
+
+    Args:
+        objectives (`Sequence[Objective]`): Them, in order.
+        stops (`Sequence[float]`): Shares of the run at which each but the last ends, from 0 to 1, ascending.
+
+    Raises:
+        TypeError: If one is not an objective.
+        ValueError: If the shares do not fit.
+
+    Example:
+        ```python
+        import torch
+        from diffusers_ext.steering import LatentMaskObjective, StagedObjective
+
+        everything, half = torch.ones(16, 16), torch.ones(16, 16).tril()
+        latents = torch.randn(1, 4, 16, 16)
+        stages = [LatentMaskObjective(mask, latents) for mask in (everything, half)]
+        objective = StagedObjective(stages, [0.3])
+        assert objective.at(0.2) is stages[0] and objective.at(0.3) is stages[1]
+        ```
+    """
+
+    def __init__(self, objectives: Sequence[Any], stops: Sequence[float]) -> None:
+        if not isinstance(objectives, Sequence) or not objectives:
+            raise ValueError(f"objectives={objectives!r} has none; give a list of one or more")
+        for objective in objectives:
+            check_objective("objectives", objective)
+        if not isinstance(stops, Sequence) or len(stops) != len(objectives) - 1:
+            raise ValueError(
+                f"stops={stops!r} does not fit {len(objectives)} objectives; give one for each but the last"
+            )
+        numbers = [check_positive("stops", stop, zero=True) for stop in stops]
+        if any(a > b for a, b in zip(numbers, [*numbers[1:], 1.0], strict=True)):
+            raise ValueError(f"stops={stops!r} is not ascending from 0 to 1; give shares of a run in order")
+        self.objectives, self.stops = tuple(objectives), tuple(numbers)
+        # What one of them lacks is lacking here too.
+        for name in ("prox", "project", "start", "floor"):
+            if all(callable(getattr(objective, name, None)) for objective in objectives):
+                setattr(self, name, getattr(objectives[-1], name))
+
+    def at(self, share: float) -> Any:
+        """The objective of a moment. Schedulers ask for it before each step.
+
+        Args:
+            share (`float`): Share of the run that is over, from 0 to 1.
+
+        Returns:
+            `Objective`: One of those given.
+        """
+        return self.objectives[sum(share >= stop for stop in self.stops)]
+
+    def loss(self, clean: torch.Tensor) -> torch.Tensor:
+        return self.objectives[-1].loss(clean)
+
+    def grad(self, clean: torch.Tensor) -> torch.Tensor:
+        return self.objectives[-1].grad(clean)
+
+
 class PackedObjective(Objective):
     """An objective of pictures, on samples whose patches are tokens, as in Flux and Qwen-Image.
 
@@ -304,10 +375,9 @@ class PackedObjective(Objective):
                 )
         self.objective, self.height, self.width, self.patch_size = objective, height, width, patch_size
         # What the objective lacks is lacking here too.
-        if callable(getattr(objective, "prox", None)):
-            self.prox = self._prox
-        if callable(getattr(objective, "project", None)):
-            self.project = self._project
+        for name in ("prox", "project", "start", "floor"):
+            if callable(getattr(objective, name, None)):
+                setattr(self, name, getattr(self, f"_{name}"))
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents as tokens.
@@ -334,7 +404,7 @@ class PackedObjective(Objective):
         Raises:
             ValueError: If there are not as many as the size has.
         """
-        size = self.patch_size
+        size, tokens = self.patch_size, check_pictures("clean", tokens)
         rows, columns = self.height // size, self.width // size
         if tokens.ndim != 3 or tokens.shape[1] != rows * columns or tokens.shape[2] % size**2:
             raise ValueError(
@@ -355,3 +425,9 @@ class PackedObjective(Objective):
 
     def _project(self, clean: torch.Tensor) -> torch.Tensor:
         return self.pack(self.objective.project(self.unpack(clean)))
+
+    def _start(self, like: torch.Tensor) -> torch.Tensor:
+        return self.pack(self.objective.start(self.unpack(like)))
+
+    def _floor(self, clean: torch.Tensor) -> float:
+        return self.objective.floor(self.unpack(clean))

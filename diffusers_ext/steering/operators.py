@@ -297,9 +297,8 @@ class InpaintMask(LinearOperator):
 
     def __init__(self, mask: torch.Tensor) -> None:
         if not isinstance(mask, torch.Tensor) or mask.is_complex():
-            raise TypeError(
-                f"mask is {type(mask).__name__}; give a tensor with 1 where the picture is known and 0 elsewhere"
-            )
+            found = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise TypeError(f"mask is {found}; give a tensor with 1 where the picture is known and 0 elsewhere")
         mask = mask if mask.dtype == torch.float64 else mask.float()
         if mask.numel() == 0 or not bool(((mask >= 0) & (mask <= 1)).all()):
             raise ValueError(

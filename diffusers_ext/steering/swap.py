@@ -13,6 +13,7 @@ from diffusers import (
 )
 
 from ..schedulers import (
+    FLAIRScheduler,
     FlowChefDPMSolverMultistepScheduler,
     FlowChefHeunScheduler,
     FlowChefLCMScheduler,
@@ -30,12 +31,17 @@ STEERABLE: dict[type, type] = {
 }
 
 
-def steerable(scheduler: Any, **settings: Any) -> Any:
+SOLVERS = ("flowchef", "flair")
+
+
+def steerable(scheduler: Any, solver: str = "flowchef", **settings: Any) -> Any:
     """A scheduler that steps as another does and can be steered.
 
     Args:
         scheduler (`SchedulerMixin`): A scheduler of flow models: Euler, Heun, LCM, or DPM-Solver++ or UniPC with flow sigmas.
-        **settings: Settings of [`FlowChefScheduler`], such as `data_step` and `steer_stop`.
+        solver (`str`, *optional*, defaults to `"flowchef"`): `"flowchef"`, which pulls what the scheduler samples, or `"flair"`, which
+            optimises one sample whatever the scheduler; see [`FLAIRScheduler`].
+        **settings: Settings of [`FlowChefScheduler`] or [`FLAIRScheduler`], such as `data_step`.
 
     Returns:
         A new scheduler with the configuration of the given one.
@@ -59,6 +65,10 @@ def steerable(scheduler: Any, **settings: Any) -> Any:
             f"scheduler={type(scheduler).__name__} is not one of a flow model; use a pipeline with one of "
             f"{', '.join(stock.__name__ for stock in STEERABLE)}"
         )
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is not known; use one of {', '.join(SOLVERS)}")
+    if solver == "flair":
+        found = FLAIRScheduler
     known: Any = found
     unknown = sorted(set(settings) - set(known._get_init_keys(known)))
     if unknown:
@@ -66,7 +76,7 @@ def steerable(scheduler: Any, **settings: Any) -> Any:
             f"{unknown[0]}={settings[unknown[0]]!r} is no setting of {found.__name__}; see its documentation"
         )
     made = known.from_config(scheduler.config, **settings)
-    if hasattr(scheduler, "set_shift"):
+    if hasattr(scheduler, "set_shift") and hasattr(made, "set_shift"):
         made.set_shift(scheduler.shift)  # may have been set since
     return made
 
@@ -84,7 +94,8 @@ def steer(pipe: Any, objective: Any, generator: Any = None, **settings: Any) -> 
             shifted and scaled, packed to tokens in Flux and Qwen-Image (see [`PackedObjective`]), with frames in Wan.
         generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the noise that steering draws. By default
             the global one.
-        **settings: Settings of [`FlowChefScheduler`], such as `data_step`, `learning_rate` and `steer_stop`.
+        **settings: `solver`, and settings of the scheduler that it is, such as `data_step`, `learning_rate` and `steer_stop`; see
+            [`steerable`].
 
     Yields:
         The scheduler that steers.

@@ -26,6 +26,7 @@ from diffusers_ext.schedulers import MRScheduler
 from .functions_of_edits import EDIT_ARGUMENTS, FUNCTIONS_OF_EDITS, inversion
 from .functions_of_inversion import FUNCTIONS_OF_INVERSION
 from .functions_of_numbers import FUNCTIONS_OF_NUMBERS
+from .functions_of_steering import FUNCTIONS_OF_STEERING
 from .functions_of_streams import FUNCTIONS_OF_STREAMS
 from .functions_of_words import FUNCTIONS_OF_WORDS
 from .registry import INF, NAN, Argument, Function, Made, sample_picture, shared_pipeline
@@ -334,6 +335,7 @@ FUNCTIONS: tuple[Function, ...] = (
     *RESTORATION,
     *FUNCTIONS_OF_INVERSION,
     *FUNCTIONS_OF_NUMBERS,
+    *FUNCTIONS_OF_STEERING,
     *FUNCTIONS_OF_STREAMS,
     *FUNCTIONS_OF_WORDS,
 )  # fmt: skip

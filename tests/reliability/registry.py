@@ -23,6 +23,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from tests.helpers.tiny_flows import tiny_flow_components
 from tests.helpers.tiny_models import IMAGE_SIZE, tiny_components, tiny_stable_diffusion_xl, tiny_vae
 from tests.helpers.tiny_restoration import tiny_restoration
 
@@ -111,6 +112,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "BDIADDIMInverseScheduler": {},
     "BDIADDIMScheduler": {},
     "EVODiffScheduler": {},
+    "FLAIRScheduler": {},
     "FlowChefDPMSolverMultistepScheduler": {},
     "FlowChefHeunScheduler": {},
     "FlowChefLCMScheduler": {},
@@ -239,6 +241,32 @@ def good_restoration() -> dict[str, Any]:
     return {"image": sample_picture(), "num_inference_steps": 2, "output_type": "np", "generator": noise}
 
 
+def build_flowchef() -> DiffusionPipeline:
+    from diffusers_ext import FlowChefPipeline
+
+    pipeline = FlowChefPipeline(**tiny_flow_components(), requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_flowchef(folder: str) -> DiffusionPipeline:
+    from diffusers_ext import FlowChefPipeline
+
+    pipeline = FlowChefPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def good_inpainting() -> dict[str, Any]:
+    mask = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
+    mask.paste(255, (0, 0, IMAGE_SIZE // 2, IMAGE_SIZE))
+    noise = torch.Generator().manual_seed(0)
+    return {
+        "prompt": "a", "image": sample_picture(), "mask_image": mask, "num_inference_steps": 2, "output_type": "np",
+        "generator": noise,
+    }  # fmt: skip
+
+
 def build_rolling_ladder() -> DiffusionPipeline:
     from diffusers_ext import RollingLadderPipeline, RollingLadderScheduler, RollingTransformer1DModel
 
@@ -284,6 +312,7 @@ PIPELINES: tuple[PipelineSubject, ...] = (
         good_edit,
         load_null_text_inversion_sdxl,
     ),
+    PipelineSubject("FlowChefPipeline", build_flowchef, good_inpainting, load_flowchef),
     PipelineSubject("MRRestorationPipeline", tiny_restoration, good_restoration, load_mr_restoration),
     PipelineSubject("RollingLadderPipeline", build_rolling_ladder, good_stream, load_rolling_ladder, "frames"),
 )

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from diffusers_ext.schedulers import (
+    FLAIRScheduler,
     FlowChefDPMSolverMultistepScheduler,
     FlowChefHeunScheduler,
     FlowChefLCMScheduler,
@@ -123,6 +124,13 @@ class TestFlowChefScheduler(FlowConformance):
 
     def test_a_fresh_process_loads_it(self, tmp_path: Path) -> None:
         SchedulerConformance.test_a_fresh_process_loads_it(self, tmp_path)
+
+
+class TestFLAIRScheduler(FlowConformance):
+    __test__ = True
+    scheduler_class = FLAIRScheduler
+    config = {"shift": 3.0, "data_step": "prox", "velocity_errors": [0.5, 0.2, 1.0]}
+    known_failures = TestFlowChefScheduler.known_failures
 
 
 class TestFlowChefHeunScheduler(FlowConformance):
