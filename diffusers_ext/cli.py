@@ -1,4 +1,5 @@
-"""The command `diffusers-ext`: edits a picture by words, restores a degraded one, or draws the demo sheets.
+"""The command `diffusers-ext`: edits a picture by words, restores a degraded one, steers a flow model to one, draws the
+demo sheets, or publishes.
 
 What a user can do wrong ends in one sentence on standard error and exit code 2; `--debug` shows where it came from.
 """
@@ -23,6 +24,11 @@ PRESETS = ("edit", "stylize")
 METHODS = (
     "guide-and-rescale", "direct", "null-text", "negative-prompt", "edit-friendly", "bdia", "fixed-point", "ddim",
 )  # fmt: skip
+# Names of `diffusers_ext.steering_tasks.TASKS`.
+TASKS = ("inpaint", "edit", "upscale", "deblur")
+TASK_OPTIONS = {
+    "inpaint": (), "edit": ("source", "source_stop"), "upscale": ("factor", "noise_std"), "deblur": ("blur", "noise_std"),
+}  # fmt: skip
 # Options of `edit` that say nothing to prompt-to-prompt on an inverted picture.
 ONLY_GUIDED = ("preset", "rescale_range", "guidance_end", "alignment")
 
@@ -190,6 +196,56 @@ def restore(options: argparse.Namespace) -> None:
     _report(report, _stem(options.output, options.picture, "restored"), {output: "restored"}, options.json)
 
 
+def steer(options: argparse.Namespace) -> None:
+    """Runs `diffusers-ext steer`: one picture, sampled anew with a flow model that is steered to it."""
+    image = open_image(options.picture)
+    mask = open_image(options.mask) if options.mask else None
+    (output,) = _output_paths(options.output, options.picture, "steered", 1)
+
+    _quieten(options.debug)
+    import torch
+
+    from . import FlowChefPipeline
+    from .hub import FLOW_MODEL_NAME, load_pipeline, native_size, resolve_model
+    from .steering_tasks import task_arguments
+
+    model = resolve_model(options.model, FLOW_MODEL_NAME)
+    pipe = load_pipeline(FlowChefPipeline, model, revision=options.revision, device=options.device)
+    pipe.set_progress_bar_config(disable=True if options.json else None)
+    size = native_size(pipe)
+    task = {"source": options.source, "factor": options.factor, "blur": options.blur, "noise_std": options.noise_std,
+            "source_stop": options.source_stop}  # fmt: skip
+    arguments = task_arguments(options.task, image, size, mask=mask, **task)
+    settings = {
+        "prompt": options.prompt,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "steering_kwargs": {"solver": options.solver},
+    }
+    start = time.perf_counter()
+    result: Any = pipe(**arguments, **settings, generator=torch.Generator().manual_seed(options.seed))
+    seconds = time.perf_counter() - start
+    save_image(result.images[0], output)
+    report = {
+        "picture": str(options.picture),
+        "picture_size": list(image.size),
+        "mask": str(options.mask) if options.mask else None,
+        "steered_size": [size, size],
+        "outputs": [str(output)],
+        "model": model,
+        "revision": options.revision,
+        "task": options.task,
+        **{name: value for name, value in task.items() if name in TASK_OPTIONS[options.task]},
+        **settings,
+        "seed": options.seed,
+        "device": str(pipe.device),
+        "seconds": round(seconds, 3),
+        "network_evaluations": options.steps * (2 if options.guidance_scale > 1 else 1),
+        "versions": versions(),
+    }
+    _report(report, _stem(options.output, options.picture, "steered"), {output: options.prompt}, options.json)
+
+
 def demo(options: argparse.Namespace) -> None:
     """Runs `diffusers-ext demo`: edits, and unless another model was named, restorations."""
     _quieten(options.debug)
@@ -201,6 +257,25 @@ def demo(options: argparse.Namespace) -> None:
         reports.append(run_restoration_demo(options.output, device=options.device))
     for report in reports:
         print(f"{report['sheet']}  {report['seconds']:.0f} s, {report['network_evaluations']} network evaluations")
+
+
+def publish(options: argparse.Namespace) -> None:
+    """Runs `diffusers-ext publish`: a folder becomes a Hub repository, or with `--dry-run` is only checked."""
+    _quieten(options.debug)
+    from .publishable import check_publishable
+    from .publishing import check_repo_id, publish
+
+    check_repo_id(options.repo_id)
+    checked = check_publishable(options.folder, space=options.space)
+    for remark in checked.remarks:
+        print(f"remark: {remark}", file=sys.stderr)
+    if options.dry_run:
+        for name, size in checked.sizes.items():
+            print(f"{size:>14,}  {name}")
+        print(f"{checked.total:>14,}  bytes as {checked.kind} {options.repo_id}; nothing was sent")
+        return
+    done = publish(checked.folder, options.repo_id, space=options.space, private=options.private, prune=options.prune)
+    print(f"{done.url}  {'published' if done.changed else 'unchanged'} at {done.commit}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -289,6 +364,54 @@ def _parser() -> argparse.ArgumentParser:
     _common(restores, steps=5, what="network evaluations", model="the restoration model")
     restores.set_defaults(run=restore)
 
+    steers = commands.add_parser(
+        "steer",
+        help="inpaint, edit, enlarge or sharpen with a flow model",
+        description="Samples a picture with a flow model that is steered to the picture given. Its largest centred square is scaled "
+        "to the size the model was trained on, for upscale to that size divided by the factor. Beside the result a JSON file keeps "
+        "every setting.",
+        allow_abbrev=False,
+    )
+    _picture(steers, "steered")
+    steers.add_argument(
+        "--task", choices=TASKS, required=True,
+        help="inpaint: paint the white part of the mask; edit: the same, led from --source to --prompt; upscale and deblur: the "
+        "picture is a small or a blurred one",
+    )  # fmt: skip
+    steers.add_argument("--prompt", required=True, metavar="TEXT", help="what the result shows")
+    steers.add_argument("--mask", type=Path, metavar="FILE", help="white where it is to be painted (inpaint, edit)")
+    steers.add_argument("--source", metavar="TEXT", help="what the picture shows (edit)")
+    steers.add_argument(
+        "--source-stop", type=float, default=0.0, metavar="F",
+        help="share of the steps that hold the whole picture (edit; default: %(default)s)",
+    )  # fmt: skip
+    steers.add_argument(
+        "--factor", type=int, default=4, help="sides become so many times longer (upscale; default: %(default)s)"
+    )
+    steers.add_argument(
+        "--blur",
+        type=float,
+        default=2.0,
+        metavar="PIXELS",
+        help="standard deviation of the blur (deblur; default: %(default)s)",
+    )
+    steers.add_argument(
+        "--noise-std", type=float, default=0.05, metavar="S",
+        help="noise of the picture, whose values are from -1 to 1; rather too large than too small (default: %(default)s)",
+    )  # fmt: skip
+    steers.add_argument(
+        "--solver",
+        choices=("flowchef", "flair"),
+        default="flowchef",
+        help="steer a sample, or optimise one (default: %(default)s)",
+    )
+    steers.add_argument(
+        "--guidance-scale", type=float, default=3.0, metavar="W", help="pull towards the prompt (default: %(default)s)"
+    )
+    steers.add_argument("--seed", type=int, default=0, help="of the noise it starts from (default: %(default)s)")
+    _common(steers, steps=30, what="steps of sampling", model="the demo flow model")
+    steers.set_defaults(run=steer)
+
     shows = commands.add_parser(
         "demo",
         help="draw the demo sheets",
@@ -298,6 +421,22 @@ def _parser() -> argparse.ArgumentParser:
     shows.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default: %(default)s")
     _common(shows, steps=40, what="steps of inversion and of sampling")
     shows.set_defaults(run=demo)
+
+    publishes = commands.add_parser(
+        "publish",
+        help="put a folder on the Hub",
+        description="Checks a folder (card, licence, model_index.json, safetensors, sizes, stray files), creates the Hub "
+        "repository if there is none, and makes it hold exactly these files, in one commit. It may be run again at any time.",
+        allow_abbrev=False,
+    )
+    publishes.add_argument("folder", metavar="FOLDER", type=Path, help="such as pipelines/emoji-scenes-64")
+    publishes.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="the repository")
+    publishes.add_argument("--space", action="store_true", help="it is a Gradio Space")
+    publishes.add_argument("--private", action="store_true", help="make it private if it is created")
+    publishes.add_argument("--prune", action="store_true", help="remove files of the repository that FOLDER lacks")
+    publishes.add_argument("--dry-run", action="store_true", help="only check, and list what would be sent")
+    publishes.add_argument("--debug", action="store_true", help="show the trace of an error")
+    publishes.set_defaults(run=publish)
     return parser
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import nn
@@ -60,6 +60,8 @@ __all__ = [
 ]
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# Where the components of this package say that they come from.
+_OWN = "diffusers_ext."
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 # `name[.variant][-00001-of-00002].safetensors[.index[.variant].json]`
 _WEIGHTS = re.compile(
@@ -255,9 +257,15 @@ def _fetch(cls: type, name: str, is_path: bool, kwargs: dict[str, Any]) -> tuple
         )
     where = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
     try:
+        index = read_json_object(hf_hub_download(name, INDEX_NAME, **where))
         if hasattr(cls, "_check_family"):
-            cls._check_family(read_json_object(hf_hub_download(name, INDEX_NAME, **where)), name)
-        folder = Path(cls.download(name, **kwargs))  # type: ignore[attr-defined]
+            cls._check_family(index, name)
+        if any(isinstance(value, list) and str(value[0]).startswith(_OWN) for value in index.values() if value):
+            # diffusers takes components of another package for code in the repository, even if that package is imported.
+            wanted = [f"{key}/*.{ending}" for key in index for ending in ("json", "safetensors", "txt", "model")]
+            folder = Path(snapshot_download(name, allow_patterns=[INDEX_NAME, *wanted], **where))
+        else:
+            folder = Path(cls.download(name, **kwargs))  # type: ignore[attr-defined]
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise OSError(
             f"pretrained_model_name_or_path={name!r} is neither a folder here nor a model that can be had from the Hub "

@@ -125,8 +125,12 @@ def read_digests(folder: Path) -> dict[str, str]:
     return files
 
 
+# What diffusers itself writes for the absence of a bound.
+_NO_BOUNDS = (("lambda_min_clipped", -math.inf),)
+
+
 def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON file that must hold an object with finite numbers.
+    """Reads a JSON file that must hold an object with finite numbers, but for bounds that diffusers writes as infinite.
 
     Args:
         path (`str` or `os.PathLike`): The file.
@@ -150,7 +154,7 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is damaged: it holds a {type(content).__name__}, not an object; fetch it again"
         )
     for key, value in _leaves(content):
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value) and (key, value) not in _NO_BOUNDS:
             raise DamagedFileError(f"{path} is damaged: {key}={value} is not a finite number; fetch it again")
     return content
 

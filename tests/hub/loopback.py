@@ -14,6 +14,8 @@ import json
 import re
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,17 @@ _API = re.compile(r"/api/(models|datasets|spaces)/([\w.-]+/[\w.-]+)(?:/(\w[\w-]*
 _RESOLVE = re.compile(r"/(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 
 
+def git_oid(content: bytes) -> str:
+    """The name that git gives to a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class HubError(Exception):
     """An answer that is an error, with the code by which the client knows which one."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, **facts: str) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.facts = status, code, facts
 
 
 class HubStore:
@@ -88,10 +95,12 @@ class HubStore:
         found = sorted(file for file in folder.rglob("*") if file.is_file())
         return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
 
-    def commit(self, kind: str, repo: str, changes: dict[str, bytes | None]) -> str:
-        """Writes (`None`: deletes) files on top of main and gives the new commit."""
+    def commit(self, kind: str, repo: str, changes: dict[str, bytes | None], onto: str | None = None) -> str:
+        """Writes (`None`: deletes) files on top of main, which must still be `onto`, and gives the new commit."""
         with self._lock:
             parent, old = self.snapshot(kind, repo)
+            if onto not in (None, parent):
+                raise HubError(412, "PreconditionFailed", "A commit has happened since. Please refresh and try again.")
             state = hashlib.sha1(parent.encode())
             for path, content in sorted(changes.items()):
                 if not (old / path).resolve().is_relative_to(old.resolve()):
@@ -119,7 +128,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            if len(body) < length:
+                raise ConnectionAbortedError("the client went away in the middle of a request")
+            return body
         parts = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
             parts.append(self.rfile.read(size))
@@ -136,7 +149,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _answer(self) -> None:
-        path, body = unquote(urlsplit(self.path).path), self._body()
+        path = unquote(urlsplit(self.path).path)
+        if self.server.broken and self.server.broken in path:
+            self.server.requests.append((f"broken {self.command}", path))
+            self.rfile.read(min(2**16, int(self.headers.get("Content-Length") or 0)))
+            self.server.reached.set()
+            self.server.resume.wait(60)
+            self.close_connection = True
+            return
+        try:
+            body = self._body()
+        except (ConnectionError, ValueError):
+            self.close_connection = True
+            return
         self.server.requests.append((self.command, path))
         try:
             if resolve := _RESOLVE.fullmatch(path):
@@ -146,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
         except HubError as error:
             headers = {"X-Error-Code": error.code, "X-Error-Message": str(error), "Content-Type": "application/json"}
-            self._send(error.status, json.dumps({"error": str(error)}).encode(), headers)
+            self._send(error.status, json.dumps({"error": str(error), **error.facts}).encode(), headers)
 
     do_GET = do_HEAD = do_POST = _answer
 
@@ -176,13 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._signed_in()
             wanted = json.loads(body)
             kind, repo = f"{wanted.get('type') or 'model'}s", f"{wanted.get('organization') or USER}/{wanted['name']}"
+            url = f"{self.server.url}/{'' if kind == 'models' else kind + '/'}{repo}"
             if not store.create(kind, repo):
-                raise HubError(409, "RepoExists", f"You already created this {kind[:-1]} repo: {repo}")
-            return {
-                "url": f"{self.server.url}/{'' if kind == 'models' else kind + '/'}{repo}",
-                "id": repo,
-                "name": repo,
-            }
+                raise HubError(409, "RepoExists", f"You already created this {kind[:-1]} repo: {repo}", url=url)
+            return {"url": url, "id": repo, "name": repo}
         match = _API.fullmatch(path)
         if not match:
             raise HubError(404, "NotFound", f"no route {self.command} {path}")
@@ -190,8 +212,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "POST" and action == "preupload":
             self._signed_in()
             store.snapshot(kind, repo, rest)
-            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
-            return {"files": [{**file, "shouldIgnore": False, "oid": None} for file in files]}
+            held = store.files(kind, repo, rest)
+            names = [file["path"] for file in json.loads(body)["files"]]
+            oids = {name: git_oid(held[name]) if name in held else None for name in names}
+            settings = {"uploadMode": "regular", "shouldIgnore": False}
+            return {"files": [{"path": name, "oid": oid, **settings} for name, oid in oids.items()]}
         if self.command == "POST" and action == "commit":
             self._signed_in()
             return self._commit(kind, repo, body)
@@ -210,12 +235,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, kind: str, repo: str, revision: str) -> list[dict[str, Any]]:
         files = self.server.store.files(kind, repo, revision)
         return [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
             for path, content in files.items()
         ]
 
     def _commit(self, kind: str, repo: str, body: bytes) -> dict[str, Any]:
         changes: dict[str, bytes | None] = {}
+        summary, onto = "", None
         for line in filter(None, body.split(b"\n")):
             entry = json.loads(line)
             value = entry["value"]
@@ -224,10 +250,11 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "deletedFile":
                 changes[value["path"]] = None
             elif entry["key"] == "header":
-                self.server.messages.append(value["summary"])
+                summary, onto = value["summary"], value.get("parentCommit")
             else:
                 raise HubError(400, "BadRequest", f"entries of kind {entry['key']!r} are not taken")
-        sha = self.server.store.commit(kind, repo, changes)
+        sha = self.server.store.commit(kind, repo, changes, onto)
+        self.server.messages.append(summary)
         return {
             "success": True,
             "commitOid": sha,
@@ -245,6 +272,7 @@ class _Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.requests: list[tuple[str, str]] = []
         self.messages: list[str] = []
+        self.broken, self.reached, self.resume = "", threading.Event(), threading.Event()
 
 
 class LoopbackHub:
@@ -293,6 +321,38 @@ class LoopbackHub:
     def messages(self) -> list[str]:
         """Message of every commit so far."""
         return self._server.messages
+
+    @contextmanager
+    def breaking(self, part: str) -> Iterator["threading.Event"]:
+        """While it lasts, requests with `part` in their path get no answer.
+
+        Their connection hangs in the middle of the body until the context ends or [`cut`] is called, and is cut off then; the
+        event that is given is set as soon as one hangs.
+        """
+        server = self._server
+        server.broken = part
+        server.reached.clear()
+        server.resume.clear()
+        try:
+            yield server.reached
+        finally:
+            server.broken = ""
+            server.resume.set()
+
+    def cut(self) -> None:
+        """Cuts off the connections that hang, and from now on each one at once."""
+        self._server.resume.set()
+
+    def use_here(self, monkeypatch: Any, token: str = TOKEN) -> None:
+        """Makes clients in this process take this server for the Hub.
+
+        Only those that ask for the address when they are built, as `HfApi` does; downloads need a process of their own.
+        """
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", token)
 
     def client_environment(self, token: str | None = TOKEN) -> dict[str, str]:
         """Variables of a process that takes this server for the Hub, with caches of its own.

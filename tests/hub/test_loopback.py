@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .loopback import TOKEN, LoopbackHub
+from .loopback import TOKEN, HubError, LoopbackHub, git_oid
 
 
 @pytest.fixture()
@@ -84,3 +84,16 @@ def test_a_path_out_of_the_repository_is_refused(loopback_hub: LoopbackHub, repo
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(loopback_hub, f"/api/models/{repository}/commit/main", json.dumps(entry).encode())
     assert caught.value.code == 400
+
+
+def test_a_commit_on_top_of_a_state_that_is_past_is_refused(loopback_hub: LoopbackHub) -> None:
+    loopback_hub.store.create("models", "user/another")
+    seen, _ = loopback_hub.store.snapshot("models", "user/another")
+    loopback_hub.store.commit("models", "user/another", {"a": b"1"}, seen)
+    with pytest.raises(HubError, match="has happened since"):
+        loopback_hub.store.commit("models", "user/another", {"a": b"2"}, seen)
+
+
+def test_a_file_has_the_name_that_git_gives_it() -> None:
+    # `printf hello | git hash-object --stdin`
+    assert git_oid(b"hello") == "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"
