@@ -24,6 +24,9 @@ rolling_motion
 stream_batch
 editing_benchmark
 pie_bench
+distillation
+publishing
+spaces
 own_scheduler
 reliability
 auto_gallery/index
