@@ -167,6 +167,9 @@ class FlowChefMixin:
             return super().__call__(**call)  # type: ignore[misc]
         settings = steering.settings or {}
         self._check_settings(objective, settings)
+        if mode == "restore" and steerable(self.scheduler, **settings).config.get("renoise", 0.0) is None:
+            # What a decoder's gradient adds to the state stays there as grain unless its noise is drawn anew.
+            settings = {"renoise": 1.0, **settings}
         with steer(self, objective, call["generator"], **settings):
             return super().__call__(**call)  # type: ignore[misc]
 

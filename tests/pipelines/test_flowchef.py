@@ -217,7 +217,18 @@ def test_restoration_is_the_decoded_objective_of_the_pipelines_decoder(subject: 
     target = operator.A(0.3 * picture())
     made = pipe(**arguments(measurement=target, operator=operator, noise_std=0.02)).images
     objective = DecodedObjective(pipe.vae, MeasurementObjective(operator, target, noise_std=0.02))
-    assert torch.equal(made, pipe(**arguments(objective=objective)).images)
+    assert torch.equal(made, pipe(**arguments(objective=objective, steering_kwargs={"renoise": 1.0})).images)
+
+
+@every_pipeline
+@pytest.mark.parametrize("solver", ["flowchef", "flair"])
+def test_restoration_draws_its_noise_anew_unless_told_otherwise(subject: Subject, solver: str) -> None:
+    pipe, operator = subject.pipeline(), SuperResolution(4)
+    call = {"measurement": operator.A(0.3 * picture()), "operator": operator}
+    settings = {"renoise": 0.0} if solver == "flowchef" else {"solver": "flair"}
+    made = pipe(**arguments(**call, steering_kwargs=settings)).images
+    objective = DecodedObjective(pipe.vae, MeasurementObjective(operator, call["measurement"]))
+    assert torch.equal(made, pipe(**arguments(objective=objective, steering_kwargs=settings)).images)
 
 
 @every_pipeline
@@ -327,7 +338,6 @@ def test_the_shift_of_a_multistep_scheduler_is_taken_over() -> None:
         ({"prompt": None}, ValueError, "prompt is missing"),
         ({"output_type": "jpg"}, ValueError, "output_type='jpg'"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_wrong_calls_are_refused_and_leave_the_pipeline_as_it_was(
     subject: Subject, wrong: dict[str, Any], error: type[Exception], message: str

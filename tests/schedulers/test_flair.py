@@ -219,7 +219,6 @@ def test_errors_of_a_perfect_network_are_the_posterior_variances() -> None:
         ({"samples": "x"}, TypeError, "samples is str"),
         ({"generator": 5}, TypeError, "generator=5"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_wrong_arguments_of_the_measurement_are_named(arguments: dict[str, Any], error: Any, message: str) -> None:
     good: dict[str, Any] = {"velocity": lambda x, t: x, "samples": torch.randn(2, 3, 4, 4), "count": 2}
@@ -242,7 +241,6 @@ def test_wrong_arguments_of_the_measurement_are_named(arguments: dict[str, Any],
         ({"velocity_errors": [1.0, 0.0]}, "velocity_errors=0.0"),
         ({"invert_sigmas": True}, "invert_sigmas=True"),
     ],
-    ids=str,
 )
 def test_settings_out_of_range_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
