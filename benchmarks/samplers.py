@@ -86,22 +86,26 @@ def keep(result: dict[str, Any]) -> None:
     write_result("samplers", result)
 
 
+def _table(result: dict[str, Any], name: str, setting: str) -> dict[str, Any]:
+    found: dict[str, Any] = result["problems"].setdefault(name, {}).setdefault(setting, {})
+    return found
+
+
 def measure(
     name: str, noise: Noise, start: torch.Tensor, reference: Reference, chosen: list[Sampler],
     extra: Callable[[torch.Tensor, torch.Tensor], dict[str, float]], fresh: bool,
 ) -> None:  # fmt: skip
     """Runs samplers on one problem and writes the JSON after each."""
     for sampler in chosen:
-        result = stored()
-        table = result["problems"].setdefault(name, {}).setdefault(sampler.setting, {})
-        if sampler.name in table and not fresh:
+        if sampler.name in _table(stored(), name, sampler.setting) and not fresh:
             continue
         began, rows = time.perf_counter(), {}
         for evaluations in EVALUATIONS:
             run = walk(sampler, noise, start, evaluations)
             truth = reference(run.start, run.end)
             rows[str(evaluations)] = figures(sample_errors(run.state, truth), run) | extra(run.state, truth)
-        table[sampler.name] = {"own": sampler.own, "rows": rows}
+        result = stored()  # read again: another process may have measured something meanwhile
+        _table(result, name, sampler.setting)[sampler.name] = {"own": sampler.own, "rows": rows}
         keep(result)
         shown = " ".join(f"{row['mean']:.4g}[{row['failures']:.0%}]" for row in rows.values())
         print(
