@@ -25,6 +25,7 @@ stream_batch
 editing_benchmark
 pie_bench
 distillation
+models/training
 publishing
 spaces
 own_scheduler
@@ -34,16 +35,16 @@ reference/index
 models/index
 ```
 """
-CARD = re.compile(r"\]\(\.\./(?:pipelines/)?([\w-]+)/README\.md\)")
+CARD = re.compile(r"\]\(\.\./(?:pipelines/)?([\w-]+)/README\.md(#[\w-]+)?\)")
 
 
 def site_links(app: Any, name: str, source: list[str]) -> None:
-    """Links to the cards of models lead to the copies that the site has, and the first page gets a table of contents.
+    """Links to the cards of models, and to the page of the training scripts, lead to the copies that the site has, and the first page gets a table of contents.
 
     Both would be out of place in the files themselves, which are read as they are where the code is.
     """
     folder = "" if name.startswith("models/") else "models/"
-    source[0] = CARD.sub(rf"]({folder}\1.md)", source[0])
+    source[0] = CARD.sub(lambda found: f"]({folder}{found[1]}.md{found[2] or ''})", source[0])
     if name == "index":
         source[0] += CONTENTS
 
@@ -59,6 +60,8 @@ def copy_cards(app: Any) -> None:
             (folder / f"{card.parent.name}-{picture.name}").write_bytes(picture.read_bytes())
         text = re.sub(r"!\[([^\]]*)\]\(([\w-]+\.png)\)", rf"![\1]({card.parent.name}-\2)", text)
         (folder / f"{card.parent.name}.md").write_text(text.lstrip(), encoding="utf-8")
+    training = (root.parent / "training" / "README.md").read_text(encoding="utf-8")
+    (folder / "training.md").write_text(training.replace("](../docs/", "](../"), encoding="utf-8")
     names = "\n".join(sorted(card.parent.name for card in root.glob("*/README.md")))
     (folder / "index.md").write_text(f"# Models\n\n```{{toctree}}\n{names}\n```\n", encoding="utf-8")
 
