@@ -216,10 +216,13 @@ def steer(options: argparse.Namespace) -> None:
     task = {"source": options.source, "factor": options.factor, "blur": options.blur, "noise_std": options.noise_std,
             "source_stop": options.source_stop}  # fmt: skip
     arguments = task_arguments(options.task, image, size, mask=mask, **task)
+    # an edit is led away from the source as well, and burns out at what suits the others
+    usual = 1.5 if options.task == "edit" else 3.0
+    guidance_scale = usual if options.guidance_scale is None else options.guidance_scale
     settings = {
         "prompt": options.prompt,
         "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
+        "guidance_scale": guidance_scale,
         "steering_kwargs": {"solver": options.solver},
     }
     start = time.perf_counter()
@@ -240,21 +243,23 @@ def steer(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "device": str(pipe.device),
         "seconds": round(seconds, 3),
-        "network_evaluations": options.steps * (2 if options.guidance_scale > 1 else 1),
+        "network_evaluations": options.steps * (2 if guidance_scale > 1 else 1),
         "versions": versions(),
     }
     _report(report, _stem(options.output, options.picture, "steered"), {output: options.prompt}, options.json)
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Runs `diffusers-ext demo`: edits, and unless another model was named, restorations."""
+    """Runs `diffusers-ext demo`: edits, and unless another model was named, restorations and steered samples."""
     _quieten(options.debug)
     from .demo import run_demo
     from .demo_restoration import run_restoration_demo
+    from .demo_steering import run_steering_demo
 
     reports = [run_demo(options.output, model=options.model, steps=options.steps, device=options.device)]
     if options.model is None:
         reports.append(run_restoration_demo(options.output, device=options.device))
+        reports.append(run_steering_demo(options.output, device=options.device))
     for report in reports:
         print(f"{report['sheet']}  {report['seconds']:.0f} s, {report['network_evaluations']} network evaluations")
 
@@ -406,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
         help="steer a sample, or optimise one (default: %(default)s)",
     )
     steers.add_argument(
-        "--guidance-scale", type=float, default=3.0, metavar="W", help="pull towards the prompt (default: %(default)s)"
+        "--guidance-scale", type=float, metavar="W", help="pull towards the prompt (default: 3, or 1.5 to edit)"
     )
     steers.add_argument("--seed", type=int, default=0, help="of the noise it starts from (default: %(default)s)")
     _common(steers, steps=30, what="steps of sampling", model="the demo flow model")
@@ -415,7 +420,7 @@ def _parser() -> argparse.ArgumentParser:
     shows = commands.add_parser(
         "demo",
         help="draw the demo sheets",
-        description="Edits and restores a few pictures with the models of this project and lays them out as sheets.",
+        description="Edits, restores and steers a few pictures with the models of this project and lays them out as sheets.",
         allow_abbrev=False,
     )
     shows.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER", help="default: %(default)s")

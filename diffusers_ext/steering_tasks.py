@@ -27,7 +27,7 @@ def task_arguments(
     """Arguments of [`FlowChefPipeline`] for a task.
 
     Args:
-        task (`str`): `"inpaint"` and `"edit"` paint the white part of a mask; `"upscale"` takes the picture for one whose sides were
+        task (`str`): `"inpaint"` and `"edit"` paint the white part of a mask, the first without a look at what is there; `"upscale"` takes the picture for one whose sides were
             divided by `factor`, and `"deblur"` for a blurred one.
         picture (`PIL.Image.Image`): The largest centred square of it is used.
         size (`int`): Side of the result in pixels.
@@ -74,8 +74,10 @@ def task_arguments(
             raise ValueError(f"source={source!r}: {cure}")
         # what is grey at an edge after scaling is painted too
         white = np.asarray(fit_square(mask.convert("RGB"), size).convert("L")) > 127
-        arguments = {"image": fit_square(picture, size), "mask_image": Image.fromarray(white.astype(np.uint8) * 255)}
-        return {**arguments, "source_prompt": source, "source_stop": source_stop} if task == "edit" else arguments
+        mask_image, fitted = Image.fromarray(white.astype(np.uint8) * 255), fit_square(picture, size)
+        if task == "inpaint":
+            return {"image": _without(fitted, white), "mask_image": mask_image}
+        return {"image": fitted, "mask_image": mask_image, "source_prompt": source, "source_stop": source_stop}
     for name, given in (("mask", mask), ("source", source)):
         if given is not None:
             raise ValueError(f"{name} has no effect on {task}; leave it out")
@@ -91,3 +93,11 @@ def task_arguments(
     if not width:
         raise ValueError(f"blur={blur!r} is out of range; give pixels above 0 and below {size / 6:g}")
     return {"measurement": fit_square(picture, size), "operator": GaussianBlur(width, blur), "noise_std": noise_std}
+
+
+def _without(picture: Image.Image, hole: np.ndarray) -> Image.Image:
+    """The mean colour of the rest where there is a hole, since an encoder spreads what it sees there beyond it."""
+    pixels = np.array(picture.convert("RGB"))
+    if not hole.all():
+        pixels[hole] = pixels[~hole].mean(0).round()
+    return Image.fromarray(pixels)

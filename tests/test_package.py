@@ -106,7 +106,7 @@ def test_imports_inside_the_library_never_point_up():
     layers = {
         "atomic": 0, "imaging": 0, "metrics": 0, "data": 0, "schedulers": 0, "models": 0, "sheets": 0, "manifest": 1,
         "integrity": 2, "reports": 3, "attention": 3, "training": 4, "inversion": 4, "guidance": 4, "steering": 4,
-        "pipelines": 5, "hub": 6, "steering_tasks": 7, "publishable": 2, "publishing": 3, "serving": 7, "demo": 7, "demo_restoration": 7, "cli": 8,
+        "pipelines": 5, "hub": 6, "steering_tasks": 7, "publishable": 2, "publishing": 3, "serving": 7, "demo": 7, "demo_restoration": 7, "demo_steering": 7, "cli": 8,
     }  # fmt: skip
     package = ROOT / "diffusers_ext"
     wrong = []

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffusers_ext import FlowChefPipeline
 from diffusers_ext.cli import TASKS, main
+from diffusers_ext.demo_steering import PANELS, Panel, run_steering_demo
 from diffusers_ext.imaging import open_image
 from diffusers_ext.steering_tasks import TASKS as ALL_TASKS
 from diffusers_ext.steering_tasks import task_arguments
@@ -131,3 +132,40 @@ def test_the_mask_is_cut_and_scaled_with_the_picture() -> None:
         task_arguments("inpaint", picture, 32, mask=Image.new("L", (40, 40), 255))
     with pytest.raises(ValueError, match="task='paint'"):
         task_arguments("paint", picture, 32)
+
+
+def test_what_is_under_the_mask_counts_for_an_edit_alone() -> None:
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 16, 32))
+    red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    mixed = red.copy()
+    mixed.paste(blue, mask=mask)
+    assert np.array_equal(task_arguments("inpaint", mixed, 32, mask=mask)["image"], red)
+    assert np.array_equal(task_arguments("edit", mixed, 32, mask=mask, source="a wall")["image"], mixed)
+    everything = Image.new("L", (32, 32), 255)
+    assert np.array_equal(task_arguments("inpaint", mixed, 32, mask=everything)["image"], mixed)
+
+
+# -- the sheet ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_sheet_shows_every_task_and_the_figures(tmp_path: Path, model: str) -> None:
+    report = run_steering_demo(tmp_path / "demo", model=model, steps=2, device="cpu")
+    assert sorted(os.listdir(tmp_path / "demo")) == ["steering.json", "steering.png"]
+    assert json.loads((tmp_path / "demo" / "steering.json").read_text()) == report
+    assert [row["task"] for row in report["pictures"]] == [panel.task for panel in PANELS]
+    assert sorted(panel.task for panel in PANELS) == sorted(TASKS)
+    for row in report["pictures"]:
+        assert row["network_evaluations"] == 8
+        assert all(2 < row[name] < 60 for name in ("psnr_not_steered", "psnr_steered"))
+    with Image.open(report["sheet"]) as sheet:
+        assert sheet.width > 4 * 192 and sheet.height > len(PANELS) * 192
+
+
+def test_a_wrong_panel_and_a_file_in_the_way_are_said(tmp_path: Path, model: str) -> None:
+    with pytest.raises(ValueError, match="object='dragon' is not drawn here"):
+        run_steering_demo(tmp_path, model=model, steps=1, panels=[Panel("edit", "", 1, ("object", "dragon"))])
+    (tmp_path / "demo").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        run_steering_demo(tmp_path / "demo", model=model)
+    assert os.listdir(tmp_path) == ["demo"]

@@ -2,55 +2,50 @@
 A flow steered to a measurement
 ===============================
 
-`FlowChefScheduler` bends the samples of a flow model towards what was measured, without differentiating the network: it needs only
-what every `step` receives. The flow here is one whose velocity is known, of pictures that are smooth; :doc:`/flowchef` has pipelines.
+`FlowChefPipeline` bends what a flow model samples towards what was measured, without differentiating the network. The demo flow is begun from
+the same noise each time; :doc:`/flowchef` has the method and its measurements.
 """
 
 import torch
+from PIL import Image
 
-from diffusers_ext import FlowChefScheduler, GaussianBlur, InpaintMask, SuperResolution
+from diffusers_ext import FlowChefPipeline, SuperResolution
+from diffusers_ext.data import DEMO_OBJECTS, EmojiScenes
+from diffusers_ext.hub import load_pipeline, resolve_model
 from diffusers_ext.imaging import to_pil
 from diffusers_ext.sheets import Tile, contact_sheet
-from diffusers_ext.steering import MeasurementObjective
 
 
-# Smooth pictures: the spectrum falls as the cube of the frequency.
-frequency = (torch.fft.fftfreq(64)[:, None] ** 2 + torch.fft.fftfreq(64)[None] ** 2).sqrt().clamp_min(1 / 64)
-spectrum = frequency**-3
-spectrum = 0.16 * spectrum / spectrum.mean()
+pipe = load_pipeline(FlowChefPipeline, resolve_model(default="emoji-scenes-flow"))
+pipe.set_progress_bar_config(disable=True)
+world = EmojiScenes(objects=DEMO_OBJECTS)
+scene = world.sample(1, seed=10, split="held_out")  # never trained on
+(prompt,), clean = world.captions(scene), world.render(scene)[0]
+truth = to_pil(clean[0])
+print(prompt)
 
 
-def velocity(state, t):
-    """E[eps - x0 | x_t] of that Gaussian process, frequency by frequency."""
-    gain = (t - (1 - t) * spectrum) / (t**2 + (1 - t) ** 2 * spectrum)
-    return torch.fft.ifft2(gain * torch.fft.fft2(state)).real
+def sample(**steering):
+    generator = torch.Generator().manual_seed(0)
+    return pipe(prompt, num_inference_steps=30, guidance_scale=3.0, generator=generator, **steering).images[0]
 
 
-def sample(objective=None, seed=1, steps=50):
-    scheduler = FlowChefScheduler()
-    scheduler.set_objective(objective, generator=torch.Generator().manual_seed(seed))
-    scheduler.set_timesteps(steps)
-    state = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
-    for t in scheduler.timesteps:
-        state = scheduler.step(velocity(state, float(t) / 1000), t, state).prev_sample
-    return state
-
-
-truth = sample(seed=9)
-mask = torch.ones(64, 64)
-mask[16:48, 16:48] = 0
+free = sample()
 
 # %%
-# Three operators, one line each.
-rows = []
-for operator, words in (
-    (InpaintMask(mask), "a square is missing"),
-    (SuperResolution(4), "a quarter of the size"),
-    (GaussianBlur(15, 3.0), "blurred"),
-):
-    measured = operator.A(truth)
-    steered = sample(MeasurementObjective(operator, measured, noise_std=0.01))
-    shown = torch.nn.functional.interpolate(measured, size=(64, 64))
-    rows.append([Tile(to_pil(image[0]), words) for image in (shown, steered, truth)])
+# A square is missing: white of the mask is painted. What lies under it is grey, so that nothing of it can be seen.
+mask = Image.new("L", (64, 64), 0)
+mask.paste(255, (16, 16, 48, 48))
+holed = truth.copy()
+holed.paste("gray", mask=mask)
+rows = [[holed, free, sample(image=holed, mask_image=mask), truth]]
 
-picture = contact_sheet(rows, title="Steered flows", columns=["measured", "steered", "truth"])
+# %%
+# A sixteenth of the pixels is left: the gradient goes through the decoder.
+operator = SuperResolution(4)
+small = operator.A(clean)
+enlarged = sample(measurement=small, operator=operator, noise_std=0.02)
+rows += [[to_pil(small[0]).resize((64, 64), Image.Resampling.NEAREST), free, enlarged, truth]]
+
+columns = ["given", "not steered", "steered", "truth"]
+picture = contact_sheet([[Tile(image) for image in row] for row in rows], title="Steered flows", columns=columns)
