@@ -35,8 +35,9 @@ from editing_measures import (
     summary_of,
     verdict,
 )
-from editing_methods import GUIDANCE_SCALE, SETTINGS, Batch, Editors, Setting
+from editing_methods import SETTINGS, Setting
 from editing_report import SHOWN, write_report
+from editors import GUIDANCE_SCALE, Batch, Editors
 from second_judge import SecondJudge, feature_distance
 
 from diffusers_ext.atomic import atomic_write

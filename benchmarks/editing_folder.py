@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from common import timed
 from editing_measures import against_source, outside_only, summary_of
-from editing_methods import DOCUMENTED, Batch, Editors
+from editing_methods import DOCUMENTED
+from editors import Batch, Editors
 from PIL import Image
 from second_judge import feature_distance, load_network, stage_features
 

@@ -6,16 +6,13 @@ place everywhere but there: both are read off the two captions, not off the labe
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from editors import Batch, Editors
 
 from diffusers_ext import LocalBlend
 from diffusers_ext.attention import AttentionController, controller_for
-
-
-if TYPE_CHECKING:
-    from editing_methods import Batch, Editors
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class WordEdit:
             local_blend=None if self.blend is None else self.blend.of(tokenizer, source, target),
         )  # fmt: skip
 
-    def __call__(self, editors: "Editors", batch: "Batch") -> torch.Tensor:
+    def __call__(self, editors: Editors, batch: Batch) -> torch.Tensor:
         pipe = editors.words
         inversion = editors.inverted(batch, self.inversion, self.guidance_scale, dict(self.settings))
         controllers = [self.controller(pipe.tokenizer, *pair) for pair in zip(batch.source, batch.target, strict=True)]

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from editing import Bench
-from editing_methods import DOCUMENTED, SETTINGS, Batch, Editors
+from editing_methods import DOCUMENTED, SETTINGS
+from editors import Batch, Editors
 
 from diffusers_ext.data import DEMO_OBJECTS, EmojiScenes
 from diffusers_ext.hub import resolve_model

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from editing_methods import METHODS, OURS, PEERS, SETTINGS, Batch, Editors
+from editing_methods import METHODS, OURS, PEERS, SETTINGS
+from editors import Batch, Editors
 from word_methods import BLEND, SCALE, SHARES, WORD_PEERS, WORD_SETTINGS, WordEdit, last_word, parts, sort_of
 
 from diffusers_ext.attention import AttentionRefine, AttentionReplace
