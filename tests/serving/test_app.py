@@ -85,10 +85,10 @@ def test_what_a_visitor_can_cure_is_said_and_anything_else_is_not(
 
 
 def settled() -> int:
-    """Steps of the work when it has ended, which it must do long before the 200th."""
+    """Steps of the work when it has ended, which it must do long before the last, on a busy machine too."""
     begin, before = time.monotonic(), -1
     while before != len(counted):
-        assert time.monotonic() - begin < 8, "the work goes on"
+        assert time.monotonic() - begin < 60, "the work goes on"
         before = len(counted)
         time.sleep(0.5)
     return before
@@ -100,24 +100,24 @@ def test_a_visitor_who_goes_away_ends_the_work(url: str) -> None:
     function = next(
         i["id"] for i in json.load(urllib.request.urlopen(f"{url}config"))["dependencies"] if i["api_name"] == "count"
     )
-    body = json.dumps({"data": [200], "fn_index": function, "session_hash": session}).encode()
+    body = json.dumps({"data": [2000], "fn_index": function, "session_hash": session}).encode()
     headers = {"Content-Type": "application/json"}
     urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/queue/join", body, headers), timeout=10)
     stream = urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash={session}", timeout=10)
     while len(counted) < 5:
         stream.readline()
     stream.close()
-    assert settled() < 150
+    assert settled() < 1500
 
 
 def test_a_cancelled_job_ends_the_work(client: Client) -> None:
     counted.clear()
-    job = client.submit(200, api_name="/count")
+    job = client.submit(2000, api_name="/count")
     begin = time.monotonic()
     while len(counted) < 3 and time.monotonic() - begin < 10:
         time.sleep(0.05)
     job.cancel()
-    assert 3 <= settled() < 150
+    assert 3 <= settled() < 1500
 
 
 def test_a_full_queue_is_refused_and_nobody_in_it_is_lost(url: str) -> None:
