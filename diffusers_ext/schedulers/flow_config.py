@@ -57,3 +57,15 @@ class FlowConfigMixin:
         if is_flow_config(config):
             kwargs = translated_flow_config(config) | kwargs
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]
+
+
+class FlowMatchConfigMixin:
+    """For flow-matching schedulers: the other way round."""
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers; the config of a DPM-Solver or UniPC scheduler with flow sigmas is understood as well."""
+        if translated := translated_multistep_config(config):
+            known = cls._get_init_keys(cls)  # type: ignore[attr-defined]
+            config = {name: value for name, value in config.items() if name in known} | translated
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)  # type: ignore[misc]

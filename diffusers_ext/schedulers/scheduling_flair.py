@@ -21,7 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
 from .checks import check_choice, check_number
-from .flow_config import translated_multistep_config
+from .flow_config import FlowMatchConfigMixin
 from .flow_steering import FlowSteeringMixin, Objective, estimate_variance
 from .noise import Generators, drawn_noise
 
@@ -80,7 +80,7 @@ def adjusted_noise(start: torch.Tensor, level: float, noise: torch.Tensor) -> to
     return alpha * start + math.sqrt(1.0 - alpha**2) * noise
 
 
-class FLAIRScheduler(FlowSteeringMixin, FlowMatchEulerDiscreteScheduler):
+class FLAIRScheduler(FlowMatchConfigMixin, FlowSteeringMixin, FlowMatchEulerDiscreteScheduler):
     """Solves inverse problems with a flow model by optimising one sample; without an objective it is Euler's, bit for bit.
 
     It is put into pipelines as [`FlowChefScheduler`] is, and takes the same objectives: `steer(pipe, objective, solver="flair")`.
@@ -173,14 +173,6 @@ class FLAIRScheduler(FlowSteeringMixin, FlowMatchEulerDiscreteScheduler):
         self._steering_generator: Generators = None
         self._ready = self._laid_for_mean = False
         self._mean: torch.Tensor | None = None
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; the config of a DPM-Solver or UniPC scheduler with flow sigmas is understood as well."""
-        if translated := translated_multistep_config(config):
-            known = cls._get_init_keys(cls)
-            config = {name: value for name, value in config.items() if name in known} | translated
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @property
     def mean(self) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
-from .flow_config import translated_multistep_config
+from .flow_config import FlowMatchConfigMixin
 from .flow_steering import FlowSteeringMixin
 from .noise import Generators
 
@@ -20,7 +20,7 @@ from .noise import Generators
 __all__ = ["FlowChefScheduler", "SchedulerMixin"]
 
 
-class FlowChefScheduler(FlowSteeringMixin, FlowMatchEulerDiscreteScheduler):
+class FlowChefScheduler(FlowMatchConfigMixin, FlowSteeringMixin, FlowMatchEulerDiscreteScheduler):
     """`FlowMatchEulerDiscreteScheduler` whose samples an objective steers; without one it is the parent, bit for bit.
 
     `FlowChefScheduler.from_config(pipe.scheduler.config)` fits any pipeline that runs the parent, and
@@ -108,14 +108,6 @@ class FlowChefScheduler(FlowSteeringMixin, FlowMatchEulerDiscreteScheduler):
             use_beta_sigmas=use_beta_sigmas, time_shift_type=time_shift_type, stochastic_sampling=stochastic_sampling,
         )  # fmt: skip
         self._start()
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in diffusers; the config of a DPM-Solver or UniPC scheduler with flow sigmas is understood as well."""
-        if translated := translated_multistep_config(config):
-            known = cls._get_init_keys(cls)
-            config = {name: value for name, value in config.items() if name in known} | translated
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def set_timesteps(
         self,
