@@ -27,8 +27,6 @@ PipelineImage = (
     PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
 )
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
 
 @dataclass
 class EditingPipelineOutput(BaseOutput):

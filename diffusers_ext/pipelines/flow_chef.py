@@ -25,6 +25,7 @@ from ..schedulers.noise import check_generator
 from ..steering import DecodedObjective, LatentMaskObjective, MeasurementObjective, StagedObjective, steer, steerable
 from ..steering.objectives import check_objective
 from .inputs import (
+    OUTPUT_TYPES,
     check_finite,
     check_size,
     check_step_callback,
@@ -35,9 +36,6 @@ from .inputs import (
     given_latents,
     images_to_tensor,
 )
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass(frozen=True)

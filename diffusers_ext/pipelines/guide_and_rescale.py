@@ -21,8 +21,9 @@ from ..guidance import PRESETS, GuidanceEnergy, GuidancePreset, GuidedStep, Norm
 from ..inversion import ALIGNMENTS, InversionOutput, ddim_step
 from ..schedulers.noise import check_generator
 from .ddim_inversion import INVERSION_METHODS, DDIMInversionMixin
-from .editing import OUTPUT_TYPES, EditingPipelineOutput, PipelineImage
+from .editing import EditingPipelineOutput, PipelineImage
 from .inputs import (
+    OUTPUT_TYPES,
     check_finite,
     check_kwargs,
     check_size,

@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from ..imaging import ImageError, check_image
 
 
+# of pipelines that make pictures
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
 def checked_steps(value: Any, name: str = "num_inference_steps") -> int:
     """Checks a number of steps; the model's own upper limit is checked where the timesteps are made."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:

@@ -19,8 +19,9 @@ from ..guidance import Condition
 from ..inversion import DEFAULT_INVERSION, INVERSIONS, DDIMLadder, InversionOutput, Inverted
 from ..schedulers.noise import check_generator
 from .edit_branches import FOLLOWS, BranchNetwork, EditSteps
-from .editing import OUTPUT_TYPES, EditingPipelineOutput, PipelineImage
+from .editing import EditingPipelineOutput, PipelineImage
 from .inputs import (
+    OUTPUT_TYPES,
     check_finite,
     check_kwargs,
     check_size,

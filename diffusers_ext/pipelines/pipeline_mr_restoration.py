@@ -25,6 +25,7 @@ from ..integrity import CheckedLoadingMixin
 from ..models import RestorationUNet2DModel
 from ..schedulers.noise import check_generator, drawn_noise
 from .inputs import (
+    OUTPUT_TYPES,
     check_finite,
     check_step_callback,
     checked_choice,
@@ -37,7 +38,6 @@ from .inputs import (
 )
 
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PipelineImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[Any]
 
 

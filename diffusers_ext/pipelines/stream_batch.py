@@ -22,8 +22,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..guidance import Condition, join_conditions
 from ..schedulers.residual_guidance import strength_indices
-from .editing import OUTPUT_TYPES
 from .inputs import (
+    OUTPUT_TYPES,
     check_finite,
     check_size,
     checked_choice,
