@@ -14,7 +14,7 @@ import torch
 
 from diffusers_ext import FLAIRScheduler, FlowChefPipeline
 from diffusers_ext.steering import velocity_errors
-from diffusers_ext.training.arguments import add_data_arguments, check_output_dir, positive_int
+from diffusers_ext.training.arguments import add_data_arguments, check_arguments, positive_int
 from diffusers_ext.training.data import make_source
 
 
@@ -30,12 +30,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive_int, default=16, help="Pictures a forward pass.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(input_args)
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        parser.error("give --dataset_name or --train_data_dir, and not both")
+    args = check_arguments(parser, parser.parse_args(input_args))
     if args.levels < 2:
         parser.error(f"--levels {args.levels} is no table; give at least 2")
-    check_output_dir(parser, args)
     return args
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_ext import FLAIRScheduler, FlowChefPipeline
+from diffusers_ext.data import DEMO_OBJECTS
 from tests.helpers.tiny_flows import tiny_flow_components
 from training.calibrate_flow import main, parse_args
 
@@ -41,6 +42,13 @@ def test_the_velocity_of_the_pipeline_is_that_of_its_unet() -> None:
         expected = plain.unet(latents, 300.0, encoder_hidden_states=embeds).sample
     torch.testing.assert_close(plain.velocity(latents, 0.3, embeds), expected)
     torch.testing.assert_close(turned.velocity(latents, 0.3, embeds), -expected)
+
+
+def test_demo_names_the_objects_of_the_demo_models(tmp_path: Path) -> None:
+    args = parse_args(
+        ["--dataset_name", "emoji-scenes", "--objects", "demo", "--pretrained_model", "x", "--output_dir", str(tmp_path)]
+    )
+    assert args.objects == list(DEMO_OBJECTS)
 
 
 @pytest.mark.parametrize(
