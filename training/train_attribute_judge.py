@@ -9,7 +9,6 @@ renderings of held-out triples.
 
 import argparse
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,10 @@ from diffusers_ext.models import AttributeJudge
 from diffusers_ext.models.attribute_judge import judge_loss
 from diffusers_ext.training.arguments import add_data_arguments, add_training_arguments, check_arguments, positive_int
 from diffusers_ext.training.data import EmojiSource
-from diffusers_ext.training.export import install_model, push_folder, write_card
+from diffusers_ext.training.export import finish_run, write_card
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, make_accelerator
 
-
-logger = logging.getLogger(__name__)
 
 ATTRIBUTES = ("object", "colour", "background", "pattern")
 VALIDATION_BATCH = 100
@@ -89,15 +86,11 @@ def main(args: argparse.Namespace) -> None:
         return {f"{name}_accuracy": count / args.num_validation_images for name, count in right.items()}, None
 
     trainer.fit(make_batches, loss_of, validate)
-    if accelerator.is_main_process:
-        with trainer.weights_to_keep():
-            metrics = {"steps": trainer.step, **validate(trainer.step)[0]}
-            install_model(lambda folder: save_model(folder, args, judge, metrics), args.output_dir)
-        logger.info("saved the judge in %s: %s", args.output_dir, json.dumps(metrics))
-        if args.push_to_hub:
-            push_folder(args)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+
+    def write(folder: Path) -> None:
+        save_model(folder, args, judge, {"steps": trainer.step, **validate(trainer.step)[0]})
+
+    finish_run(trainer, write, with_samples=False)
 
 
 def save_model(folder: Path, args: argparse.Namespace, judge: AttributeJudge, metrics: dict[str, float]) -> None:

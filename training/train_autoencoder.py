@@ -9,7 +9,6 @@ The output folder loads with `AutoencoderKL.from_pretrained(output_dir)`. See tr
 
 import argparse
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,10 @@ from diffusers_ext.training.autoencoding import (
     reconstruction_loss,
 )
 from diffusers_ext.training.data import Source, make_source
-from diffusers_ext.training.export import install_model, picture_grid, push_folder, write_card
+from diffusers_ext.training.export import finish_run, picture_grid, write_card
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, make_accelerator
 
-
-logger = logging.getLogger(__name__)
 
 VALIDATION_BATCH = 50
 
@@ -137,17 +134,13 @@ def main(args: argparse.Namespace) -> None:
     trainer.fit(make_batches, loss_of, validate)
     metrics: dict[str, Any] = dict(trainer.validate(validate))
 
-    if accelerator.is_main_process:
-        with trainer.weights_to_keep():
-            metrics |= {"steps": trainer.step, "pictures": trainer.step * total, **latent_statistics(vae, source)}
-            if not args.freeze_encoder:  # a denoiser may already live in the latents of a frozen encoder
-                normalise_latents(vae, torch.tensor(metrics["latent_mean"]), torch.tensor(metrics["latent_std"]))
-            install_model(lambda folder: save_model(folder, args, vae, metrics), args.output_dir)
-        logger.info("saved the autoencoder in %s: %s", args.output_dir, json.dumps(metrics))
-        if args.push_to_hub:
-            logger.info("uploaded: %s", push_folder(args))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    def write(folder: Path) -> None:
+        metrics.update(steps=trainer.step, pictures=trainer.step * total, **latent_statistics(vae, source))
+        if not args.freeze_encoder:  # a denoiser may already live in the latents of a frozen encoder
+            normalise_latents(vae, torch.tensor(metrics["latent_mean"]), torch.tensor(metrics["latent_std"]))
+        save_model(folder, args, vae, metrics)
+
+    finish_run(trainer, write, with_samples=False)
 
 
 def latent_statistics(vae: AutoencoderKL, source: Source, n_images: int = 1000) -> dict[str, Any]:

@@ -8,7 +8,6 @@ The output folder loads with `StableDiffusionPipeline.from_pretrained(output_dir
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,17 @@ from diffusers_ext.training.arguments import (
 from diffusers_ext.training.data import make_source
 from diffusers_ext.training.distillation.lcm import lcm_loss
 from diffusers_ext.training.distillation.stable_diffusion import (
-    STUDENT,
     LatentConsistencyStudent,
     Teacher,
     few_step_scheduler,
+    save_student,
 )
-from diffusers_ext.training.export import install_model, picture_grid, push_folder, save_pipeline, write_card
-from diffusers_ext.training.latents import CachedLatents, FreshLatents, cache_name
+from diffusers_ext.training.export import finish_run, picture_grid, write_card
+from diffusers_ext.training.latents import make_latents
 from diffusers_ext.training.objectives import stratified_uniform
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, make_accelerator
 
-
-logger = logging.getLogger(__name__)
 
 VALIDATION_ITEMS = 32
 
@@ -100,14 +97,7 @@ def main(args: argparse.Namespace) -> None:
     )
     trainer = Trainer(args, accelerator, student)
     total = trainer.global_batch_size
-    if args.cache_latents:
-        settings = {name: getattr(args, name) for name in (
-            "cache_latents", "seed", "dataset_name", "train_data_dir", "vendors", "objects", "resolution", "image_column"
-        )}  # fmt: skip
-        file = Path(args.output_dir) / cache_name(teacher.pipeline.vae, **settings)
-        data = CachedLatents(source, teacher.encode, args.cache_latents, args.seed, file, accelerator)
-    else:
-        data = FreshLatents(source, teacher.encode)
+    data = make_latents(args, source, teacher.pipeline.vae, teacher.encode, accelerator)
 
     def drawn(latents: torch.Tensor, step: int, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noise, solver steps and guidance of a batch."""
@@ -168,23 +158,11 @@ def main(args: argparse.Namespace) -> None:
     trainer.fit(make_batches, loss_of, validate)
     metrics = trainer.validate(validate)
 
-    if accelerator.is_main_process:
+    def write(folder: Path) -> None:
+        save_student(teacher, student, scheduler, folder, args.export_dtype)
+        write_model_card(folder, args, trainer, prompts, guidance_scale, metrics)
 
-        def write(folder: Path) -> None:
-            save_pipeline(teacher.student_pipeline(student.plain_unet(), scheduler), folder, args.export_dtype)
-            if student.base:
-                StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=student.base.state_dict(STUDENT))
-            samples = Path(args.output_dir) / "samples" / f"step-{trainer.step:07d}.png"
-            (folder / "samples.png").write_bytes(samples.read_bytes())
-            write_model_card(folder, args, trainer, prompts, guidance_scale, metrics)
-
-        with trainer.weights_to_keep():
-            install_model(write, args.output_dir)
-        logger.info("saved the pipeline in %s", args.output_dir)
-        if args.push_to_hub:
-            logger.info("uploaded: %s", push_folder(args))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    finish_run(trainer, write)
 
 
 def write_model_card(

@@ -8,12 +8,10 @@ The output folder loads with `StableDiffusionPipeline.from_pretrained(output_dir
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from diffusers_ext.training.alternating import AlternatingTrainer
 from diffusers_ext.training.arguments import (
@@ -34,15 +32,12 @@ from diffusers_ext.training.distillation.matching import (
     fake_loss,
     student_loss,
 )
-from diffusers_ext.training.distillation.stable_diffusion import STUDENT, Teacher, few_step_scheduler
-from diffusers_ext.training.export import install_model, picture_grid, push_folder, save_pipeline, write_card
-from diffusers_ext.training.latents import CachedLatents, FreshLatents, cache_name
+from diffusers_ext.training.distillation.stable_diffusion import STUDENT, Teacher, few_step_scheduler, save_student
+from diffusers_ext.training.export import finish_run, picture_grid, write_card
+from diffusers_ext.training.latents import make_latents
 from diffusers_ext.training.objectives import stratified_uniform
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import make_accelerator
-
-
-logger = logging.getLogger(__name__)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -115,14 +110,7 @@ def main(args: argparse.Namespace) -> None:
         {"density_ratios": weights} if weights else None,
     )  # fmt: skip
     total, a_round = trainer.global_batch_size, args.fake_update_ratio + 1
-    if args.cache_latents:
-        settings = {name: getattr(args, name) for name in (
-            "cache_latents", "seed", "dataset_name", "train_data_dir", "vendors", "objects", "resolution", "image_column"
-        )}  # fmt: skip
-        file = Path(args.output_dir) / cache_name(teacher.pipeline.vae, **settings)
-        data = CachedLatents(source, teacher.encode, args.cache_latents, args.seed, file, accelerator)
-    else:
-        data = FreshLatents(source, teacher.encode)
+    data = make_latents(args, source, teacher.pipeline.vae, teacher.encode, accelerator)
     with_pictures = bool(args.gan_weight) or not args.backward_simulation
     latent_shape = teacher.encode(source.images(source.draw(0, 1, "held_out"))).shape[1:]
     shape = (total, *latent_shape)
@@ -172,23 +160,11 @@ def main(args: argparse.Namespace) -> None:
     trainer.fit(make_batches, losses, validate)
     trainer.validate(validate)
 
-    if accelerator.is_main_process:
+    def write(folder: Path) -> None:
+        save_student(teacher, networks, scheduler, folder, args.export_dtype)
+        write_model_card(folder, args, trainer, prompts)
 
-        def write(folder: Path) -> None:
-            save_pipeline(teacher.student_pipeline(networks.plain_unet(), scheduler), folder, args.export_dtype)
-            if networks.base:
-                StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=networks.base.state_dict(STUDENT))
-            samples = Path(args.output_dir) / "samples" / f"step-{trainer.step:07d}.png"
-            (folder / "samples.png").write_bytes(samples.read_bytes())
-            write_model_card(folder, args, trainer, prompts)
-
-        with trainer.weights_to_keep():
-            install_model(write, args.output_dir)
-        logger.info("saved the pipeline in %s", args.output_dir)
-        if args.push_to_hub:
-            logger.info("uploaded: %s", push_folder(args))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    finish_run(trainer, write)
 
 
 def write_model_card(folder: Path, args: argparse.Namespace, trainer: AlternatingTrainer, prompts: list[str]) -> None:

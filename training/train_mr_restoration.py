@@ -9,8 +9,6 @@ output folder loads with `MRRestorationPipeline.from_pretrained(output_dir)`. Se
 """
 
 import argparse
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from diffusers_ext.training.arguments import (
     share,
 )
 from diffusers_ext.training.data import make_source
-from diffusers_ext.training.export import install_model, picture_grid, push_folder, write_card
+from diffusers_ext.training.export import finish_run, picture_grid, write_card
 from diffusers_ext.training.objectives import stratified_uniform
 from diffusers_ext.training.restoration import (
     LOSS_TARGETS,
@@ -44,8 +42,6 @@ from diffusers_ext.training.restoration import (
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, make_accelerator
 
-
-logger = logging.getLogger(__name__)
 
 SHOWN = 8
 
@@ -177,21 +173,11 @@ def main(args: argparse.Namespace) -> None:
     trainer.fit(make_batches, loss_of, validate)
     metrics = trainer.validate(validate)
 
-    if accelerator.is_main_process:
+    def write(folder: Path) -> None:
+        save_pipeline(pipeline, folder, args.export_dtype)
+        write_model_card(folder, args, trainer, metrics)
 
-        def write(folder: Path) -> None:
-            save_pipeline(pipeline, folder, args.export_dtype)
-            samples = Path(args.output_dir) / "samples" / f"step-{trainer.step:07d}.png"
-            (folder / "samples.png").write_bytes(samples.read_bytes())
-            write_model_card(folder, args, trainer, metrics)
-
-        with trainer.weights_to_keep():
-            install_model(write, args.output_dir)
-        logger.info("saved the pipeline in %s: %s", args.output_dir, json.dumps(metrics))
-        if args.push_to_hub:
-            logger.info("uploaded: %s", push_folder(args))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    finish_run(trainer, write)
 
 
 def mean_of(values: torch.Tensor) -> float:

@@ -10,8 +10,6 @@ docs/rolling.md.
 """
 
 import argparse
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from diffusers_ext.training.arguments import (
     positive_int,
     share,
 )
-from diffusers_ext.training.export import install_model, push_folder, write_card
+from diffusers_ext.training.export import finish_run, write_card
 from diffusers_ext.training.plots import line_panels
 from diffusers_ext.training.rolling import (
     LARGEST_INERTIA,
@@ -48,8 +46,6 @@ from diffusers_ext.training.sequences import Segment, SequenceFolder, WindowSour
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, make_accelerator
 
-
-logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("sample", "v_prediction", "flow_prediction")
 MODES = ("mixed", "ladder", "rolling", "init", "independent")
@@ -255,21 +251,11 @@ def main(args: argparse.Namespace) -> None:
     trainer.fit(make_batches, loss_of, validate)
     metrics = trainer.validate(validate)
 
-    if accelerator.is_main_process:
+    def write(folder: Path) -> None:
+        save_pipeline(network, saved, folder, args.export_dtype)
+        write_model_card(folder, args, trainer, data, metrics)
 
-        def write(folder: Path) -> None:
-            save_pipeline(network, saved, folder, args.export_dtype)
-            samples = Path(args.output_dir) / "samples" / f"step-{trainer.step:07d}.png"
-            (folder / "samples.png").write_bytes(samples.read_bytes())
-            write_model_card(folder, args, trainer, data, metrics)
-
-        with trainer.weights_to_keep():
-            install_model(write, args.output_dir)
-        logger.info("saved the pipeline in %s: %s", args.output_dir, json.dumps(metrics))
-        if args.push_to_hub:
-            logger.info("uploaded: %s", push_folder(args))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    finish_run(trainer, write)
 
 
 def normalised(part: Segment, network: RollingTransformer1DModel) -> Segment:

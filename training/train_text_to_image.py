@@ -8,7 +8,6 @@ The output folder loads with `StableDiffusionPipeline.from_pretrained(output_dir
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from diffusers_ext.training.arguments import (
 )
 from diffusers_ext.training.coupling import COUPLINGS, couple, draw_noise
 from diffusers_ext.training.data import make_source
-from diffusers_ext.training.export import install_model, picture_grid, push_folder, save_pipeline, write_card
-from diffusers_ext.training.latents import CachedLatents, FreshLatents, cache_name, encoder_of
+from diffusers_ext.training.export import finish_run, picture_grid, save_pipeline, write_card
+from diffusers_ext.training.latents import encoder_of, make_latents
 from diffusers_ext.training.objectives import (
     PREDICTION_TYPES,
     min_snr_weights,
@@ -44,12 +43,11 @@ from diffusers_ext.training.text_to_image import (
     new_text_encoder,
     new_unet,
     noise_levels,
+    token_ids,
 )
 from diffusers_ext.training.tokenizer import train_tokenizer
 from diffusers_ext.training.trainer import Trainer, make_accelerator
 
-
-logger = logging.getLogger(__name__)
 
 VALIDATION_ITEMS = 128
 VALIDATION_BATCH = 32
@@ -135,19 +133,7 @@ def main(args: argparse.Namespace) -> None:
     trainer = Trainer(args, accelerator, Denoising(unet, text_encoder))
     total = trainer.global_batch_size
     encode = encoder_of(vae)
-    if args.cache_latents:
-        settings = {name: getattr(args, name) for name in (
-            "cache_latents", "seed", "dataset_name", "train_data_dir", "vendors", "objects", "resolution", "image_column"
-        )}  # fmt: skip
-        file = Path(args.output_dir) / cache_name(vae, **settings)
-        data = CachedLatents(source, encode, args.cache_latents, args.seed, file, accelerator)
-    else:
-        data = FreshLatents(source, encode)
-
-    def tokens(prompts: list[str]) -> torch.Tensor:
-        return tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-        ).input_ids
+    data = make_latents(args, source, vae, encode, accelerator)
 
     def make_batches(step: int) -> list[Any]:
         items, keys = data.draw(step, total)
@@ -158,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
         shape = (total, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         noise = draw_noise(args.noise_coupling, shape, stream(args.seed, step, "noise"))
         return [
-            (data.latents(keys[rows]), noise[rows], uniform[rows], tokens(prompts[rows]))
+            (data.latents(keys[rows]), noise[rows], uniform[rows], token_ids(tokenizer, prompts[rows]))
             for rows in trainer.own_rows()
         ]
 
@@ -183,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
         clean,
         draw_noise(args.noise_coupling, clean.shape, generator),
         stratified_uniform(len(clean), generator),
-        tokens(captions),
+        token_ids(tokenizer, captions),
     )
 
     def validate(step: int) -> tuple[dict[str, float], Any]:
@@ -198,21 +184,11 @@ def main(args: argparse.Namespace) -> None:
     trainer.fit(make_batches, loss_of, validate)
     metrics = trainer.validate(validate)
 
-    if accelerator.is_main_process:
+    def write(folder: Path) -> None:
+        save_pipeline(pipeline, folder, args.export_dtype)
+        write_model_card(folder, args, trainer, list(prompts), metrics)
 
-        def write(folder: Path) -> None:
-            save_pipeline(pipeline, folder, args.export_dtype)
-            samples = Path(args.output_dir) / "samples" / f"step-{trainer.step:07d}.png"
-            (folder / "samples.png").write_bytes(samples.read_bytes())
-            write_model_card(folder, args, trainer, list(prompts), metrics)
-
-        with trainer.weights_to_keep():
-            install_model(write, args.output_dir)
-        logger.info("saved the pipeline in %s", args.output_dir)
-        if args.push_to_hub:
-            logger.info("uploaded: %s", push_folder(args))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    finish_run(trainer, write)
 
 
 def write_model_card(

@@ -1,6 +1,7 @@
 """From trained weights to a folder that stock diffusers loads, with a card and, if wanted, on the Hub."""
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -17,7 +18,10 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
 
 from .arguments import recorded
+from .trainer import Trainer
 
+
+logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model_index.json"
 # what a run leaves in its folder besides the model
@@ -56,6 +60,34 @@ def install_model(write: Callable[[Path], None], output_dir: str | os.PathLike[s
         raise OSError(f"the model could not be saved in {output_dir}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def finish_run(trainer: Trainer, write: Callable[[Path], None], with_samples: bool = True) -> None:
+    """Ends a run: the model comes into its folder, with `--push_to_hub` onto the Hub, and the processes part.
+
+    Args:
+        trainer: After its last validation.
+        write: Writes the model into an empty folder; the weights to keep are in place then.
+        with_samples: Put the picture of the last validation beside it, as `samples.png`.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+
+    def write_all(folder: Path) -> None:
+        if with_samples:
+            shutil.copyfile(trainer.samples_file, folder / "samples.png")
+        write(folder)
+
+    if accelerator.is_main_process:
+        with trainer.weights_to_keep():
+            install_model(write_all, args.output_dir)
+        logger.info("saved the model in %s", args.output_dir)
+        if args.push_to_hub:
+            logger.info("uploaded: %s", push_folder(args))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path, dtype: str) -> None:

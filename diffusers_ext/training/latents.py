@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,23 @@ class CachedLatents:
     def latents(self, keys: torch.Tensor) -> torch.Tensor:
         """Scaled latents (n, c, h, w), float32."""
         return self._latents[keys].float()
+
+
+def make_latents(
+    args: Namespace,
+    source: Source,
+    vae: AutoencoderKL,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    accelerator: Accelerator,
+) -> FreshLatents | CachedLatents:
+    """The latents that a script trains on: with `--cache_latents` those of so many pictures, otherwise new ones every step."""
+    if not args.cache_latents:
+        return FreshLatents(source, encode)
+    settings = {name: getattr(args, name) for name in (
+        "cache_latents", "seed", "dataset_name", "train_data_dir", "vendors", "objects", "resolution", "image_column"
+    )}  # fmt: skip
+    file = Path(args.output_dir) / cache_name(vae, **settings)
+    return CachedLatents(source, encode, args.cache_latents, args.seed, file, accelerator)
 
 
 def encoder_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,5 +1,7 @@
 """Parts of a small text-to-image model in the layout of Stable Diffusion, and their assembly."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -134,6 +136,14 @@ def new_scheduler(prediction_type: str) -> DDIMScheduler | DPMSolverMultistepSch
         steps_offset=1,
         **BETAS,
     )
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
+    """Token ids (n, length) of prompts, padded or cut to the length that the tokenizer's model reads."""
+    return tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids  # fmt: skip
 
 
 def noise_levels(prediction_type: str, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

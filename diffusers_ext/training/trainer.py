@@ -181,6 +181,11 @@ class Trainer:
         args = self.args
         return args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
 
+    @property
+    def samples_file(self) -> Path:
+        """Where the picture of a validation at this step is kept."""
+        return Path(self.args.output_dir) / "samples" / f"step-{self.step:07d}.png"
+
     def own_rows(self) -> list[slice]:
         """Rows of the global batch that this process takes, one slice a forward pass."""
         size, world = self.args.train_batch_size, self.accelerator.num_processes
@@ -240,9 +245,8 @@ class Trainer:
                 metrics, picture = validate(self.step)
             self._record(metrics)
             if picture is not None:
-                folder = Path(self.args.output_dir) / "samples"
-                folder.mkdir(parents=True, exist_ok=True)
-                picture.save(folder / f"step-{self.step:07d}.png")
+                self.samples_file.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(self.samples_file)
         self.accelerator.wait_for_everyone()
         return metrics
 

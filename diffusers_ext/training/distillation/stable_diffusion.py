@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from ..adapters import SharedBase
+from ..export import save_pipeline
 from ..latents import encoder_of
+from ..text_to_image import token_ids
 from .lcm import guidance_embedding
 from .parameterization import NoiseSchedule
 
@@ -54,11 +58,7 @@ class Teacher:
 
     def tokens(self, prompts: Sequence[str]) -> torch.Tensor:
         """Token ids (n, length) on the CPU."""
-        tokenizer = self.pipeline.tokenizer
-        return tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids  # fmt: skip
+        return token_ids(self.pipeline.tokenizer, prompts)
 
     @torch.no_grad()
     def embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -148,6 +148,30 @@ def merged_unet(base: SharedBase, name: str) -> UNet2DConditionModel:
     unet = UNet2DConditionModel.from_config(base.network.config)
     unet.load_state_dict(base.merged_state_dict(name))
     return unet.to(next(base.network.parameters()).device)
+
+
+class Student(Protocol):
+    """What trains a UNet, itself or as an adapter on the teacher's."""
+
+    base: SharedBase | None
+
+    def plain_unet(self) -> UNet2DConditionModel:
+        """The student as a stock UNet."""
+
+
+def save_student(teacher: Teacher, student: Student, scheduler: LCMScheduler, folder: Path, dtype: str) -> None:
+    """Writes the student as a stock pipeline, and its adapter, if it is one, as a file for `load_lora_weights`.
+
+    Args:
+        teacher: Gives all parts but the UNet.
+        student: With the weights to keep.
+        scheduler: What the student is sampled with.
+        folder: An empty folder.
+        dtype: "fp32" or "fp16", of the pipeline.
+    """
+    save_pipeline(teacher.student_pipeline(student.plain_unet(), scheduler), folder, dtype)
+    if student.base:
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=student.base.state_dict(STUDENT))
 
 
 def few_step_scheduler(teacher: Teacher, num_ddim_timesteps: int, timestep_scaling: float) -> LCMScheduler:
