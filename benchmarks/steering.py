@@ -6,34 +6,28 @@ core, one of them with `--only peers`.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import read_result, timed, write_result
+from common import ROOT, read_result, timed, write_result
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from page import table, write_between
 from PIL import Image
 from steering_peers import PEERS
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from diffusers_ext.schedulers import (  # noqa: E402
+from diffusers_ext.schedulers import (
     FLAIRScheduler,
     FlowChefDPMSolverMultistepScheduler,
     FlowChefHeunScheduler,
     FlowChefScheduler,
     FlowChefUniPCMultistepScheduler,
 )
-from diffusers_ext.sheets import Tile, contact_sheet  # noqa: E402
-from diffusers_ext.steering import LatentMaskObjective, MeasurementObjective, velocity_errors  # noqa: E402
-from tests.analytic.steering import (  # noqa: E402
+from diffusers_ext.sheets import Tile, contact_sheet
+from diffusers_ext.steering import LatentMaskObjective, MeasurementObjective, velocity_errors
+from tests.analytic.steering import (
     NOISE_STD,
     SAMPLES,
     Quality,
@@ -47,7 +41,7 @@ from tests.analytic.steering import (  # noqa: E402
 
 PAGE = ROOT / "docs" / "flowchef.md"
 BEGIN, END = "<!-- posterior: begin -->", "<!-- posterior: end -->"
-NETWORK = ROOT / "pipelines" / "emoji-scenes-64"
+NETWORK = ROOT / "pipelines" / "emoji-scenes-flow"
 COST_BEGIN, COST_END = "<!-- cost: begin -->", "<!-- cost: end -->"
 PEERS_BEGIN, PEERS_END = "<!-- peers: begin -->", "<!-- peers: end -->"
 AUTHORS = {"data_step": "grad", "renoise": 0.0, "steer_stop": 29 / 30}
@@ -271,6 +265,16 @@ def main() -> None:
     write_between(PAGE, BEGIN, END, table(["", *tasks()], rows))
     rows = [
         [name, found["tried"], found["backward"], *map(cell, found["tasks"].values())] for name, found in peers.items()
+    ]
+    deepinv = read_result("steering_deepinv")  # of deepinv_peers.py, in an environment of its own
+    rows += [
+        [
+            f"deepinv {deepinv['version']}, {name}",
+            found["tried"],
+            found["backward"],
+            *map(cell, found["tasks"].values()),
+        ]
+        for name, found in deepinv["rows"].items()
     ]
     header = ["", "settings tried", "backward passes a step", *tasks()]
     write_between(PAGE, PEERS_BEGIN, PEERS_END, table(header, rows))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .pipelines import (
         FlowChefFluxPipeline,
         FlowChefPipeline,
+        FlowChefPixelPipeline,
         FlowChefStableDiffusion3Pipeline,
         GuideAndRescalePipeline,
         GuideAndRescalePipelineOutput,
@@ -91,6 +92,7 @@ _LAZY = {
     "FlowChefHeunScheduler": "diffusers_ext.schedulers",
     "FlowChefLCMScheduler": "diffusers_ext.schedulers",
     "FlowChefPipeline": "diffusers_ext.pipelines",
+    "FlowChefPixelPipeline": "diffusers_ext.pipelines",
     "FlowChefScheduler": "diffusers_ext.schedulers",
     "FlowChefStableDiffusion3Pipeline": "diffusers_ext.pipelines",
     "FlowChefUniPCMultistepScheduler": "diffusers_ext.schedulers",
@@ -148,6 +150,7 @@ __all__ = [
     "FlowChefHeunScheduler",
     "FlowChefLCMScheduler",
     "FlowChefPipeline",
+    "FlowChefPixelPipeline",
     "FlowChefScheduler",
     "FlowChefStableDiffusion3Pipeline",
     "FlowChefUniPCMultistepScheduler",

@@ -2,6 +2,7 @@
 
 from .pipeline_flowchef import FlowChefPipeline
 from .pipeline_flowchef_flux import FlowChefFluxPipeline
+from .pipeline_flowchef_pixel import FlowChefPixelPipeline
 from .pipeline_flowchef_sd3 import FlowChefStableDiffusion3Pipeline
 from .pipeline_guide_and_rescale import GuideAndRescalePipeline, GuideAndRescalePipelineOutput
 from .pipeline_guide_and_rescale_sdxl import GuideAndRescaleStableDiffusionXLPipeline
@@ -16,6 +17,7 @@ from .stream_batch import StreamBatch
 __all__ = [
     "FlowChefFluxPipeline",
     "FlowChefPipeline",
+    "FlowChefPixelPipeline",
     "FlowChefStableDiffusion3Pipeline",
     "GuideAndRescalePipeline",
     "GuideAndRescalePipelineOutput",

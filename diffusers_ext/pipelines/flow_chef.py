@@ -107,6 +107,22 @@ class Steering:
         return mode
 
 
+def check_settings(scheduler: Any, objective: Any, settings: dict[str, Any]) -> None:
+    """Says which argument of a call the scheduler that steers refuses.
+
+    Raises:
+        ValueError: If a setting is out of range, or the objective does not fit.
+        TypeError: If a setting is not known.
+    """
+    try:
+        steerable(scheduler, **settings).set_objective(objective)
+    except (ValueError, TypeError) as error:
+        if not settings:
+            raise
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"steering_kwargs={settings!r}: {error}") from error
+
+
 class FlowChefMixin:
     """The modes of a call; put it before the pipeline class that has the components.
 
@@ -164,22 +180,12 @@ class FlowChefMixin:
         if objective is None:
             return super().__call__(**call)  # type: ignore[misc]
         settings = steering.settings or {}
-        self._check_settings(objective, settings)
+        check_settings(self.scheduler, objective, settings)
         if mode == "restore" and steerable(self.scheduler, **settings).config.get("renoise", 0.0) is None:
             # What a decoder's gradient adds to the state stays there as grain unless its noise is drawn anew.
             settings = {"renoise": 1.0, **settings}
         with steer(self, objective, call["generator"], **settings):
             return super().__call__(**call)  # type: ignore[misc]
-
-    def _check_settings(self, objective: Any, settings: dict[str, Any]) -> None:
-        """Says which argument of a call the scheduler refuses."""
-        try:
-            steerable(self.scheduler, **settings).set_objective(objective)
-        except (ValueError, TypeError) as error:
-            if not settings:
-                raise
-            kind = ValueError if isinstance(error, ValueError) else TypeError
-            raise kind(f"steering_kwargs={settings!r}: {error}") from error
 
     def _check_call(self, call: dict[str, Any]) -> None:
         """The stock arguments that the stock pipelines let through to an error of torch."""

@@ -1,17 +1,12 @@
 """FlowChef for flow models in the layout of Stable Diffusion.
 
 Steering Rectified Flow Models in the Vector Field for Controlled Image Generation, 2024, arXiv 2412.00100. The UNet predicts the
-velocity of x_t = (1 - t) x0 + t eps at the timestep 1000 t, with one of two signs:
-
-    "noise_minus_data"   v = eps - x0, as this package trains and SD3 and Flux have it
-    "data_minus_noise"   v = x0 - eps, as InstaFlow and the rectified flows it came from (arXiv 2309.06380)
-
-The modes are in `flow_chef.py`, and shared with the pipelines for SD3 and Flux.
+velocity of x_t = (1 - t) x0 + t eps at the timestep 1000 t, with one of the signs of `velocity_sign.py`. The modes are in `flow_chef.py`, and
+shared with the pipelines for SD3 and Flux.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,12 +23,10 @@ from ..schedulers import FlowChefScheduler
 from .editing import check_family
 from .flow_chef import FlowChefMixin, Steering
 from .inputs import check_kwargs, check_text_to_image, checked_choice, checked_number
+from .velocity_sign import VELOCITIES, VelocitySignMixin, check_flow, is_of_flow
 
 
-VELOCITIES = ("noise_minus_data", "data_minus_noise")
-
-
-class FlowChefPipeline(CheckedLoadingMixin, FlowChefMixin, StableDiffusionPipeline):
+class FlowChefPipeline(CheckedLoadingMixin, VelocitySignMixin, FlowChefMixin, StableDiffusionPipeline):
     """Samples from a flow model in the layout of Stable Diffusion, and inpaints, edits, restores and guides with it.
 
     It is made of the components of a `StableDiffusionPipeline` and loads from the same repositories; without an argument of
@@ -87,7 +80,7 @@ class FlowChefPipeline(CheckedLoadingMixin, FlowChefMixin, StableDiffusionPipeli
     ) -> None:
         checked_choice(velocity, "velocity", VELOCITIES)
         check_text_to_image(unet, vae)
-        if velocity == "data_minus_noise" and scheduler is not None and not _is_of_flow(scheduler):
+        if velocity == "data_minus_noise" and scheduler is not None and not is_of_flow(scheduler):
             scheduler = FlowChefScheduler()
         super().__init__(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
@@ -175,29 +168,12 @@ class FlowChefPipeline(CheckedLoadingMixin, FlowChefMixin, StableDiffusionPipeli
         }  # fmt: skip
         check_kwargs(cross_attention_kwargs)
         checked_number(guidance_rescale, "guidance_rescale", 0.0, 1.0)
-        if not _is_of_flow(self.scheduler):
-            found = getattr(self.scheduler.config, "prediction_type", None)
-            raise ValueError(
-                f"scheduler={type(self.scheduler).__name__} with prediction_type={found!r} is not one of a flow model; give one with "
-                "prediction_type='flow_prediction' and use_flow_sigmas=True, or a FlowChefScheduler"
-            )
+        check_flow(self.scheduler)
         steering = Steering(
             image, mask_image, source_prompt, operator, measurement, objective, noise_std, source_stop, steering_kwargs
         )
         with self._signed():
             return self._steered(call, steering)
-
-    @contextmanager
-    def _signed(self) -> Iterator[None]:
-        """The UNet's answer as eps - x0 for the time of a `with` block."""
-        if self.config.velocity == "noise_minus_data":
-            yield
-            return
-        hook = self.unet.register_forward_hook(lambda unet, inputs, answer: (-answer[0], *answer[1:]))
-        try:
-            yield
-        finally:
-            hook.remove()
 
     @torch.no_grad()
     def velocity(self, latents: torch.Tensor, level: float, prompt_embeds: torch.Tensor) -> torch.Tensor:
@@ -233,11 +209,3 @@ class FlowChefPipeline(CheckedLoadingMixin, FlowChefMixin, StableDiffusionPipeli
     @classmethod
     def _check_family(cls, index: dict[str, Any], source: str) -> None:
         check_family(cls, index, source, "Stable Diffusion 1.x or 2.x")
-
-
-def _is_of_flow(scheduler: Any) -> bool:
-    """Whether a scheduler steps along a velocity."""
-    config = scheduler.config
-    if "beta_schedule" not in config:
-        return "shift" in config or "flow_shift" in config
-    return bool(config.get("use_flow_sigmas")) and config.get("prediction_type") == "flow_prediction"

@@ -1,4 +1,4 @@
-"""Complete flow pipelines of a few thousand random weights: in the layout of Stable Diffusion, Stable Diffusion 3 and FLUX.1.
+"""Complete flow pipelines of a few thousand random weights: in the layout of Stable Diffusion, Stable Diffusion 3 and FLUX.1; and one network of pixels.
 
 See `tiny_models.py`, whose parts they are made of.
 """
@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
+    UNet2DModel,
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -36,6 +37,16 @@ def shifted_vae() -> AutoencoderKL:
         latent_channels=4, norm_num_groups=1, layers_per_block=1, shift_factor=0.1, scaling_factor=1.5,
         use_quant_conv=False, use_post_quant_conv=False,
     ).eval()  # fmt: skip
+
+
+def tiny_unet_of_pixels(channels: int = 3, classes: int | None = None, side: int = 16) -> UNet2DModel:
+    """A network of pictures, without text, always with the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet2DModel(
+            side, channels, channels, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=classes,
+        ).eval()  # fmt: skip
 
 
 def _tiny_t5(width: int) -> T5EncoderModel:

@@ -13,7 +13,7 @@ from the draw's own random numbers.
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.helpers.tiny_flows import tiny_flow_components
+from diffusers_ext import MRScheduler, RollingLadderScheduler, RollingTransformer1DModel
+from tests.helpers.tiny_flows import flow_scheduler, tiny_flow_components, tiny_unet_of_pixels
 from tests.helpers.tiny_models import IMAGE_SIZE, tiny_components, tiny_stable_diffusion_xl, tiny_vae
-from tests.helpers.tiny_restoration import tiny_restoration
+from tests.helpers.tiny_restoration import tiny_restoration_unet
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,18 +75,38 @@ class WrongCall:
 
 @dataclass(frozen=True)
 class PipelineSubject:
-    """A pipeline class: how to build a tiny one, and a call of it that a slow core does in a fraction of a second."""
+    """A pipeline class: components of a tiny one, and a call of it that a slow core does in a fraction of a second."""
 
     name: str
-    build: Callable[[], DiffusionPipeline]
+    components: Callable[[], dict[str, Any]]
     good: Callable[[], dict[str, Any]]
-    load: Callable[[str], DiffusionPipeline]
+    # Arguments of its making that are no components, and of its loading.
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+    loaded_with: Mapping[str, Any] = field(default_factory=dict)
     # Where the output of a call has what was made.
     result: str = "images"
+
+    def build(self) -> Any:
+        """A new one."""
+        return self._quiet(self._class()(**self.components(), **self.made_with))
+
+    def load(self, folder: str) -> Any:
+        """A saved one."""
+        return self._quiet(self._class().from_pretrained(folder, **self.loaded_with))
 
     def made(self, pipeline: Any, **changes: Any) -> Any:
         """What the good call makes, with other arguments if they are given."""
         return getattr(pipeline(**{**self.good(), **changes}), self.result)
+
+    def _class(self) -> Any:
+        import diffusers_ext
+
+        return getattr(diffusers_ext, self.name)
+
+    @staticmethod
+    def _quiet(pipeline: Any) -> Any:
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
 
 @dataclass(frozen=True)
@@ -152,22 +173,6 @@ def sample_picture(seed: int = 0, size: int = IMAGE_SIZE) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def build_guide_and_rescale() -> DiffusionPipeline:
-    from diffusers_ext import GuideAndRescalePipeline
-
-    pipeline = GuideAndRescalePipeline(**tiny_components(), requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_guide_and_rescale(folder: str) -> DiffusionPipeline:
-    from diffusers_ext import GuideAndRescalePipeline
-
-    pipeline = GuideAndRescalePipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def good_edit() -> dict[str, Any]:
     return {
         "image": sample_picture(), "source_prompt": "a", "prompt": "b", "num_inference_steps": 2, "guidance_scale": 3.0,
@@ -175,86 +180,10 @@ def good_edit() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build_guide_and_rescale_sdxl() -> DiffusionPipeline:
-    from diffusers_ext import GuideAndRescaleStableDiffusionXLPipeline
-
-    parts = tiny_stable_diffusion_xl().components
-    parts.pop("force_zeros_for_empty_prompt", None)
-    pipeline = GuideAndRescaleStableDiffusionXLPipeline(**parts, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_guide_and_rescale_sdxl(folder: str) -> DiffusionPipeline:
-    from diffusers_ext import GuideAndRescaleStableDiffusionXLPipeline
-
-    pipeline = GuideAndRescaleStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def build_null_text_inversion() -> DiffusionPipeline:
-    from diffusers_ext import NullTextInversionPipeline
-
-    pipeline = NullTextInversionPipeline(**tiny_components(), requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_null_text_inversion(folder: str) -> DiffusionPipeline:
-    from diffusers_ext import NullTextInversionPipeline
-
-    pipeline = NullTextInversionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def build_null_text_inversion_sdxl() -> DiffusionPipeline:
-    from diffusers_ext import NullTextInversionStableDiffusionXLPipeline
-
-    parts = tiny_stable_diffusion_xl().components
-    parts.pop("force_zeros_for_empty_prompt", None)
-    pipeline = NullTextInversionStableDiffusionXLPipeline(**parts, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_null_text_inversion_sdxl(folder: str) -> DiffusionPipeline:
-    from diffusers_ext import NullTextInversionStableDiffusionXLPipeline
-
-    pipeline = NullTextInversionStableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_mr_restoration(folder: str) -> DiffusionPipeline:
-    from diffusers_ext import MRRestorationPipeline
-
-    pipeline = MRRestorationPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def good_restoration() -> dict[str, Any]:
     # A restoration starts from noise: the same in every call.
     noise = torch.Generator().manual_seed(0)
     return {"image": sample_picture(), "num_inference_steps": 2, "output_type": "np", "generator": noise}
-
-
-def build_flowchef() -> DiffusionPipeline:
-    from diffusers_ext import FlowChefPipeline
-
-    pipeline = FlowChefPipeline(**tiny_flow_components(), requires_safety_checker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_flowchef(folder: str) -> DiffusionPipeline:
-    from diffusers_ext import FlowChefPipeline
-
-    pipeline = FlowChefPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def good_inpainting() -> dict[str, Any]:
@@ -267,9 +196,24 @@ def good_inpainting() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build_rolling_ladder() -> DiffusionPipeline:
-    from diffusers_ext import RollingLadderPipeline, RollingLadderScheduler, RollingTransformer1DModel
+def good_inpainting_of_pixels() -> dict[str, Any]:
+    return {name: value for name, value in good_inpainting().items() if name != "prompt"}
 
+
+def pixel_components() -> dict[str, Any]:
+    return {"unet": tiny_unet_of_pixels(), "scheduler": flow_scheduler()}
+
+
+def restoration_components() -> dict[str, Any]:
+    return {"unet": tiny_restoration_unet(), "scheduler": MRScheduler(prediction_type="v_prediction")}
+
+
+def sdxl_components() -> dict[str, Any]:
+    parts = tiny_stable_diffusion_xl().components
+    return {name: part for name, part in parts.items() if name != "force_zeros_for_empty_prompt"}
+
+
+def rolling_components() -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = RollingTransformer1DModel(3, 2, num_layers=1, num_attention_heads=2, attention_head_dim=8).eval()
@@ -278,17 +222,7 @@ def build_rolling_ladder() -> DiffusionPipeline:
     scheduler = RollingLadderScheduler(
         prediction_type="sample", beta_schedule="cosine", window_length=4, ladder_step=2, context_length=2
     )
-    pipeline = RollingLadderPipeline(network, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def load_rolling_ladder(folder: str) -> DiffusionPipeline:
-    from diffusers_ext import RollingLadderPipeline
-
-    pipeline = RollingLadderPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return {"transformer": network, "scheduler": scheduler}
 
 
 def good_stream() -> dict[str, Any]:
@@ -297,24 +231,17 @@ def good_stream() -> dict[str, Any]:
     return {"cond": cond, "num_inference_steps": 4, "output_type": "np", "generator": generator}
 
 
+UNCHECKED = {"requires_safety_checker": False}
+UNMARKED = {"add_watermarker": False}
 PIPELINES: tuple[PipelineSubject, ...] = (
-    PipelineSubject("GuideAndRescalePipeline", build_guide_and_rescale, good_edit, load_guide_and_rescale),
-    PipelineSubject(
-        "GuideAndRescaleStableDiffusionXLPipeline",
-        build_guide_and_rescale_sdxl,
-        good_edit,
-        load_guide_and_rescale_sdxl,
-    ),
-    PipelineSubject("NullTextInversionPipeline", build_null_text_inversion, good_edit, load_null_text_inversion),
-    PipelineSubject(
-        "NullTextInversionStableDiffusionXLPipeline",
-        build_null_text_inversion_sdxl,
-        good_edit,
-        load_null_text_inversion_sdxl,
-    ),
-    PipelineSubject("FlowChefPipeline", build_flowchef, good_inpainting, load_flowchef),
-    PipelineSubject("MRRestorationPipeline", tiny_restoration, good_restoration, load_mr_restoration),
-    PipelineSubject("RollingLadderPipeline", build_rolling_ladder, good_stream, load_rolling_ladder, "frames"),
+    PipelineSubject("GuideAndRescalePipeline", tiny_components, good_edit, UNCHECKED),
+    PipelineSubject("GuideAndRescaleStableDiffusionXLPipeline", sdxl_components, good_edit, UNMARKED, UNMARKED),
+    PipelineSubject("NullTextInversionPipeline", tiny_components, good_edit, UNCHECKED),
+    PipelineSubject("NullTextInversionStableDiffusionXLPipeline", sdxl_components, good_edit, UNMARKED, UNMARKED),
+    PipelineSubject("FlowChefPipeline", tiny_flow_components, good_inpainting, UNCHECKED),
+    PipelineSubject("FlowChefPixelPipeline", pixel_components, good_inpainting_of_pixels),
+    PipelineSubject("MRRestorationPipeline", restoration_components, good_restoration),
+    PipelineSubject("RollingLadderPipeline", rolling_components, good_stream, result="frames"),
 )
 
 

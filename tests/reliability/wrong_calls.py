@@ -54,7 +54,9 @@ def pipeline_calls(subject: PipelineSubject) -> Iterator[WrongCall]:
     yield WrongCall(name, TYPO, with_typo, "prediction_type", "epsilonn")
     yield WrongCall(name, FILE, lambda: subject.load(ABSENT), "pretrained_model_name_or_path", re.escape(ABSENT))
     yield WrongCall(name, MISSPELT, call(guidance_scal=3.0), "guidance_scal", "unexpected keyword")
-    yield WrongCall(name, FAMILY, of_another_family, "UNet", "addition_embed_type=|4 input and 4 output")
+    yield WrongCall(
+        name, FAMILY, of_another_family, "UNet", "addition_embed_type=|4 input and 4 output|cross_attention_dim="
+    )
 
 
 def stream_calls(subject: PipelineSubject) -> Iterator[WrongCall]:
