@@ -11,25 +11,18 @@ numbers of evaluations, and the share of samples with an error above 0.2.
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import write_result
+from sampler_field import TABLE
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from common import write_result  # noqa: E402
-from sampler_field import TABLE  # noqa: E402
-
-from diffusers_ext.schedulers import scheduling_adaptive_adams as rule  # noqa: E402
-from diffusers_ext.schedulers.adams_bashforth import power_basis_weights  # noqa: E402
-from tests.analytic.sampler_problems import PROBLEMS, MixtureProblem  # noqa: E402
+from diffusers_ext.schedulers import scheduling_adaptive_adams as rule
+from diffusers_ext.schedulers.adams_bashforth import power_basis_weights
+from tests.analytic.sampler_problems import PROBLEMS, MixtureProblem
 
 
 EVALUATIONS = (5, 6, 8, 10, 15, 20)

@@ -5,6 +5,7 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,12 +15,15 @@ import diffusers
 import numpy as np
 import torch
 
-from diffusers_ext.atomic import atomic_write
-from diffusers_ext.data import EmojiScenes, Scenes
-from diffusers_ext.models import AttributeJudge
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the problems with known answers are those of the tests
+
+from diffusers_ext.atomic import atomic_write  # noqa: E402
+from diffusers_ext.data import EmojiScenes, Scenes  # noqa: E402
+from diffusers_ext.models import AttributeJudge  # noqa: E402
 
 
-ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "pipelines" / "emoji-scenes-64"
 JUDGE = ROOT / "pipelines" / "emoji-scenes-judge"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +28,6 @@ from stand_in_arithmetic import StandInArithmetic
 
 from diffusers_ext.guidance import FeatureEnergy, GuidedStep, SelfAttentionEnergy, text_condition
 
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # name -> (dtype, gradient checkpointing, largest attention resolution, all maps kept)
 ROWS: dict[str, tuple[str, bool, int | None, bool]] = {
@@ -65,7 +62,6 @@ def one_step(name: str, size: int, device: str, stand_in: bool) -> dict[str, flo
     negative, target, source = (noise(1, 77, 768) for _ in range(3))
     began = time.perf_counter()
     if keep_all:
-        sys.path.insert(0, str(ROOT))
         from tests.guidance.plain_reference import PlainSettings, plain_noise
 
         settings = PlainSettings(feature_layer="up_blocks.3")

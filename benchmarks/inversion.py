@@ -11,12 +11,11 @@ what null-text inversion costs beside the authors' plan. With `--only` the other
 import argparse
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import read_result, write_result
+from common import ROOT, read_result, write_result
 from diffusers import StableDiffusionPipeline
 from page import table as markdown_table
 from page import write_between
@@ -27,7 +26,6 @@ from diffusers_ext.inversion import DDIMLadder, Denoiser, invert, regenerate_sta
 from diffusers_ext.metrics import psnr
 
 
-ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "editing"
 PAGE = ROOT / "docs" / "inversion.md"
 

@@ -14,29 +14,23 @@ steps from a subset of the timesteps). PSNR, SSIM and GMSD (a perceptual distanc
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT, read_result, summary, write_result
 from diffusers import DPMSolverMultistepScheduler
+from mr_sampler_page import write_page
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from common import read_result, summary, write_result  # noqa: E402
-from mr_sampler_page import write_page  # noqa: E402
-
-from diffusers_ext import MRRestorationPipeline  # noqa: E402
-from diffusers_ext.data import EmojiScenes  # noqa: E402
-from diffusers_ext.data.degradations import DEGRADATIONS, degrade  # noqa: E402
-from diffusers_ext.data.photographs import held_out_crops  # noqa: E402
-from diffusers_ext.metrics import gmsd, psnr, ssim  # noqa: E402
-from diffusers_ext.schedulers import MeanRevertingAdapter, MRScheduler  # noqa: E402
-from tests.schedulers.test_mr import slopes  # noqa: E402
+from diffusers_ext import MRRestorationPipeline
+from diffusers_ext.data import EmojiScenes
+from diffusers_ext.data.degradations import DEGRADATIONS, degrade
+from diffusers_ext.data.photographs import held_out_crops
+from diffusers_ext.metrics import gmsd, psnr, ssim
+from diffusers_ext.schedulers import MeanRevertingAdapter, MRScheduler
+from tests.schedulers.test_mr import slopes
 
 
 MODEL = ROOT / "pipelines" / "mr-restoration"

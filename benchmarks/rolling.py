@@ -11,25 +11,18 @@ no number here has a sampling error. KL is that of 40 frames, divided by 40. NFE
 import argparse
 import itertools
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import peak_memory, read_result, timed, write_result
+from common import ROOT, peak_memory, read_result, timed, write_result
 from page import Panel, line_chart, table, write_between
+from rolling_peers import COSTS, peers
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from rolling_peers import COSTS, peers  # noqa: E402
-
-from diffusers_ext import RollingLadderPipeline, RollingLadderScheduler  # noqa: E402
-from diffusers_ext.atomic import atomic_write  # noqa: E402
-from diffusers_ext.models import RollingTransformer1DModel  # noqa: E402
-from tests.analytic.rolling import (  # noqa: E402
+from diffusers_ext import RollingLadderPipeline, RollingLadderScheduler
+from diffusers_ext.atomic import atomic_write
+from diffusers_ext.models import RollingTransformer1DModel
+from tests.analytic.rolling import (
     analytic_pipeline,
     ar1_correlations,
     ar2_correlations,

@@ -19,16 +19,12 @@ from typing import Any
 
 import torch
 from common import ROOT, read_result, write_result
+from motion import ladder_pipeline
 from page import table, write_between
 from safetensors.torch import save_file
 
-
-sys.path.insert(0, str(ROOT))
-
-from motion import ladder_pipeline  # noqa: E402
-
-from diffusers_ext.sequence_metrics import seam_ratio  # noqa: E402
-from tests.analytic.rolling import ar2_correlations  # noqa: E402
+from diffusers_ext.sequence_metrics import seam_ratio
+from tests.analytic.rolling import ar2_correlations
 
 
 PARTS = ("train", "measure", "page")

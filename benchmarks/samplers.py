@@ -14,25 +14,18 @@ and seeds were fixed before anything was drawn (`sampler_field.py`); all that ra
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import MODEL, ROOT, read_result, write_result
+from sampler_field import MULTISTEP, TABLE, Noise, Run, Sampler, field_of, walk
+from sampler_page import write_page
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from common import MODEL, read_result, write_result  # noqa: E402
-from sampler_field import MULTISTEP, TABLE, Noise, Run, Sampler, field_of, walk  # noqa: E402
-from sampler_page import write_page  # noqa: E402
-
-from diffusers_ext.metrics import magnitude_score, sliced_wasserstein  # noqa: E402
-from tests.analytic.sampler_problems import FAILURE, PROBLEMS, MixtureProblem, sample_errors  # noqa: E402
+from diffusers_ext.metrics import magnitude_score, sliced_wasserstein
+from tests.analytic.sampler_problems import FAILURE, PROBLEMS, MixtureProblem, sample_errors
 
 
 EVALUATIONS = (5, 6, 8, 10, 15, 20)

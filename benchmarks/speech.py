@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import summary, write_result
+from common import ROOT, summary, write_result
 from PIL import Image
 
 from diffusers_ext.data.spectrograms import CompressedSTFT
@@ -26,7 +26,6 @@ from diffusers_ext.sheets import Tile, contact_sheet
 from diffusers_ext.training.restoration import new_restoration_unet
 
 
-ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("/usr/share/pocketsphinx/test/data/librivox")
 RATE = 16_000
 FRAMES = 64  # of a training crop, half a second

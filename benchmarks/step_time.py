@@ -10,21 +10,14 @@ four steps, in which a history fills, and the last two are left out. Peers of di
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from common import write_result
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from common import write_result  # noqa: E402
-
-from diffusers_ext import schedulers as ours  # noqa: E402
+from diffusers_ext import schedulers as ours
 
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
