@@ -207,7 +207,7 @@ def steer(options: argparse.Namespace) -> None:
 
     from . import FlowChefPipeline
     from .hub import FLOW_MODEL_NAME, load_pipeline, native_size, resolve_model
-    from .steering_tasks import task_arguments
+    from .steering_tasks import EDIT_GUIDANCE_SCALE, GUIDANCE_SCALE, task_arguments
 
     model = resolve_model(options.model, FLOW_MODEL_NAME)
     pipe = load_pipeline(FlowChefPipeline, model, revision=options.revision, device=options.device)
@@ -216,8 +216,7 @@ def steer(options: argparse.Namespace) -> None:
     task = {"source": options.source, "factor": options.factor, "blur": options.blur, "noise_std": options.noise_std,
             "source_stop": options.source_stop}  # fmt: skip
     arguments = task_arguments(options.task, image, size, mask=mask, **task)
-    # an edit is led away from the source as well, and burns out at what suits the others
-    usual = 1.5 if options.task == "edit" else 3.0
+    usual = EDIT_GUIDANCE_SCALE if options.task == "edit" else GUIDANCE_SCALE
     guidance_scale = usual if options.guidance_scale is None else options.guidance_scale
     settings = {
         "prompt": options.prompt,

@@ -24,12 +24,10 @@ from .metrics import psnr
 from .reports import save_image, versions, write_json
 from .sheets import PAPER, Tile, contact_sheet
 from .steering import GaussianBlur, SuperResolution
-from .steering_tasks import task_arguments
+from .steering_tasks import EDIT_GUIDANCE_SCALE, GUIDANCE_SCALE, task_arguments
 
 
 STEPS = 30
-# an edit is led away from what the picture shows, which takes less
-GUIDANCE_SCALE, EDIT_GUIDANCE_SCALE = 3.0, 1.5
 NOISE_STD = 0.02
 FACTOR, BLUR = 4, 2.0
 COLUMNS = ("given", "not steered", "steered", "as it should be")

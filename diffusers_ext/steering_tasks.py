@@ -10,6 +10,8 @@ from .imaging import fit_square
 
 # Also in `cli`, so that `--help` does not have to import torch.
 TASKS = ("inpaint", "edit", "upscale", "deblur")
+GUIDANCE_SCALE = 3.0
+EDIT_GUIDANCE_SCALE = 1.5  # an edit is led away from the source as well, and burns out at what suits the others
 
 
 def task_arguments(
