@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         WanFrameAdapter,
     )
     from .pipelines import (
+        CTMPipeline,
         FlowChefFluxPipeline,
         FlowChefPipeline,
         FlowChefPixelPipeline,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         AdaptiveAdamsScheduler,
         BDIADDIMInverseScheduler,
         BDIADDIMScheduler,
+        CTMScheduler,
         EVODiffScheduler,
         FLAIRScheduler,
         FlowChefDPMSolverMultistepScheduler,
@@ -83,6 +85,8 @@ _LAZY = {
     "AttentionReweight": "diffusers_ext.attention",
     "BDIADDIMInverseScheduler": "diffusers_ext.schedulers",
     "BDIADDIMScheduler": "diffusers_ext.schedulers",
+    "CTMPipeline": "diffusers_ext.pipelines",
+    "CTMScheduler": "diffusers_ext.schedulers",
     "Compose": "diffusers_ext.steering",
     "EVODiffScheduler": "diffusers_ext.schedulers",
     "FLAIRScheduler": "diffusers_ext.schedulers",
@@ -141,6 +145,8 @@ __all__ = [
     "AttentionReweight",
     "BDIADDIMInverseScheduler",
     "BDIADDIMScheduler",
+    "CTMPipeline",
+    "CTMScheduler",
     "Compose",
     "EVODiffScheduler",
     "FLAIRScheduler",

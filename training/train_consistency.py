@@ -23,56 +23,96 @@ from diffusers_ext.training.arguments import (
     not_negative,
     positive,
     positive_int,
+    settle_options,
     share,
 )
+from diffusers_ext.training.coupling import COUPLINGS
 from diffusers_ext.training.data import make_source
-from diffusers_ext.training.distillation.lcm import lcm_loss
+from diffusers_ext.training.distillation.methods import (
+    ConsistencyMethod,
+    ConsistencyTrajectory,
+    LatentConsistencyDistillation,
+    LatentConsistencyTraining,
+)
+from diffusers_ext.training.distillation.slct import CONSISTENCY_DISTANCES
 from diffusers_ext.training.distillation.stable_diffusion import (
-    LatentConsistencyStudent,
+    DistilledUNet,
     Teacher,
     few_step_scheduler,
     save_student,
 )
 from diffusers_ext.training.export import finish_run, picture_grid, write_card
 from diffusers_ext.training.latents import make_latents
-from diffusers_ext.training.objectives import stratified_uniform
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, make_accelerator
 
 
 VALIDATION_ITEMS = 32
+# the options that only some methods have, with their defaults there
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lcm": {"w_min": 5.0, "w_max": 15.0, "huber_c": 0.001, "unet_time_cond_proj_dim": 256, "ema_decay": 0.95},
+    "slct": {
+        "distance": "cauchy", "start_levels": 10, "end_levels": 640, "noise_coupling": "optimal_transport",
+        "ema_decay": 0.999,
+    },
+    "ctm": {
+        "w_min": 6.5, "w_max": 6.5, "huber_c": 0.001, "unet_time_cond_proj_dim": 256, "denoising_weight": 1.0,
+        "ema_decay": 0.999,
+    },
+}  # fmt: skip
+NAMES = {"lcm": "latent consistency", "slct": "latent consistency training", "ctm": "consistency trajectories"}
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_arguments(parser)
     add_training_arguments(
-        parser, learning_rate=None, lr_scheduler="constant", use_ema=None, ema_decay=0.95, adam_beta2=0.999
+        parser, learning_rate=None, lr_scheduler="constant", use_ema=None, ema_decay=None, adam_beta2=0.999
     )
     group = parser.add_argument_group("distillation")
-    group.add_argument("--method", choices=("lcm",), default="lcm", help="lcm: latent consistency distillation.")
+    group.add_argument(
+        "--method", choices=tuple(OPTIONS), default="lcm",
+        help="lcm: latent consistency distillation; slct: latent consistency training, without a solver; ctm: jumps between any two levels.",
+    )  # fmt: skip
     group.add_argument("--pretrained_teacher_model", required=True, help="Folder or Hub id of the pipeline.")
     group.add_argument("--use_lora", action="store_true", help="Train a LoRA on the teacher, not a copy of it.")
     group.add_argument("--lora_rank", type=positive_int, default=64)
     group.add_argument(
-        "--unet_time_cond_proj_dim", type=positive_int, default=256, help="Width of the guidance embedding."
-    )
-    group.add_argument("--num_ddim_timesteps", type=positive_int, default=50, help="Steps of the teacher's solver.")
-    group.add_argument("--w_min", type=not_negative, default=5.0, help="Least guidance; guidance_scale is w + 1.")
-    group.add_argument("--w_max", type=not_negative, default=15.0, help="Most guidance.")
-    group.add_argument("--huber_c", type=positive, default=0.001)
+        "--num_ddim_timesteps", type=positive_int, default=50,
+        help="Steps of the teacher's solver; the sampler's are among them.",
+    )  # fmt: skip
     group.add_argument("--timestep_scaling_factor", type=positive, default=10.0)
     group.add_argument("--proportion_empty_prompts", type=share, default=0.0)
     group.add_argument(
         "--cache_latents", type=count, default=0, help="Encode this many pictures once instead of new ones every step."
     )
+    group = parser.add_argument_group("distillation by --method lcm or ctm")
+    group.add_argument("--w_min", type=not_negative, help="Least guidance; guidance_scale is w + 1.")
+    group.add_argument("--w_max", type=not_negative, help="Most guidance; for ctm the same.")
+    group.add_argument("--huber_c", type=positive)
+    group.add_argument("--unet_time_cond_proj_dim", type=positive_int, help="Width of the guidance embedding.")
+    group.add_argument("--denoising_weight", type=not_negative, help="ctm: weight of the loss of the denoiser.")
+    group = parser.add_argument_group("distillation by --method slct")
+    group.add_argument("--distance", choices=CONSISTENCY_DISTANCES)
+    group.add_argument("--start_levels", type=positive_int, help="Intervals between noise levels at the start.")
+    group.add_argument("--end_levels", type=positive_int, help="Intervals at the end; doubled on the way there.")
+    group.add_argument("--noise_coupling", choices=COUPLINGS, help="Which noise goes with which picture.")
     group = parser.add_argument_group("validation and export")
     group.add_argument("--validation_prompts", nargs="+", help="Default: captions that are never trained on.")
     group.add_argument("--num_inference_steps", type=positive_int, default=4)
     group.add_argument("--export_dtype", choices=("fp32", "fp16"), default="fp32")
     args = check_arguments(parser, parser.parse_args(input_args))
-    if args.w_min > args.w_max:
+    settle_options(parser, args, OPTIONS)
+    if args.method != "slct" and args.w_min > args.w_max:
         parser.error(f"--w_min {args.w_min:g} is above --w_max {args.w_max:g}; exchange them")
+    if args.method == "slct" and args.start_levels > args.end_levels:
+        parser.error(f"--start_levels {args.start_levels} is above --end_levels {args.end_levels}; exchange them")
+    if args.method == "ctm" and args.w_min < args.w_max:
+        parser.error(
+            f"--w_min {args.w_min:g} --w_max {args.w_max:g}: --method ctm builds one guidance in; give it twice"
+        )
+    if args.method == "ctm" and args.use_lora:
+        parser.error("--use_lora has no input for the level that a jump ends at; leave it out with --method ctm")
     if args.num_inference_steps > args.num_ddim_timesteps:
         parser.error(
             f"--num_inference_steps {args.num_inference_steps} is more than the {args.num_ddim_timesteps} of "
@@ -86,61 +126,66 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def make_method(args: argparse.Namespace, teacher: Teacher) -> ConsistencyMethod:
+    if args.method == "lcm":
+        return LatentConsistencyDistillation(
+            teacher, args.seed, args.w_min, args.w_max, args.num_ddim_timesteps, args.huber_c, args.timestep_scaling_factor
+        )  # fmt: skip
+    if args.method == "slct":
+        return LatentConsistencyTraining(
+            teacher, args.seed, args.max_train_steps, args.start_levels, args.end_levels, args.distance,
+            args.noise_coupling, args.timestep_scaling_factor,
+        )  # fmt: skip
+    return ConsistencyTrajectory(
+        teacher, args.seed, args.w_min, args.num_ddim_timesteps, args.huber_c, args.denoising_weight
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     device = accelerator.device
     source = make_source(args, device)
     teacher = Teacher(args.pretrained_teacher_model, device)
     scheduler = few_step_scheduler(teacher, args.num_ddim_timesteps, args.timestep_scaling_factor)
-    student = LatentConsistencyStudent(
+    student = DistilledUNet(
         teacher, args.lora_rank if args.use_lora else None, args.unet_time_cond_proj_dim, args.seed
     )
     trainer = Trainer(args, accelerator, student)
-    total = trainer.global_batch_size
+    total, method = trainer.global_batch_size, make_method(args, teacher)
     data = make_latents(args, source, teacher.pipeline.vae, teacher.encode, accelerator)
-
-    def drawn(latents: torch.Tensor, step: int, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noise, solver steps and guidance of a batch."""
-        noise = torch.randn(latents.shape, generator=stream(args.seed, step, f"{name}noise"))
-        uniform = stratified_uniform(len(latents), stream(args.seed, step, f"{name}timesteps"))
-        rows = (uniform * args.num_ddim_timesteps).long().clamp(max=args.num_ddim_timesteps - 1)
-        w = torch.rand(len(latents), generator=stream(args.seed, step, f"{name}guidance"))
-        return noise, rows, args.w_min + w * (args.w_max - args.w_min)
 
     def make_batches(step: int) -> list[Any]:
         items, keys = data.draw(step, total)
         captions = source.captions(items, step)
         emptied = torch.rand(total, generator=stream(args.seed, step, "empty-prompts")) < args.proportion_empty_prompts
         prompts = ["" if empty else caption for empty, caption in zip(emptied.tolist(), captions)]
-        shape = (total, *latent_shape)
-        draws = drawn(torch.empty(shape), step, "")
+        draws = method.draws((total, *latent_shape), step)
         return [
             (data.latents(keys[rows]), teacher.tokens(prompts[rows]), *(part[rows] for part in draws))
             for rows in trainer.own_rows()
         ]
 
     def loss_of(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        latents, input_ids, noise, rows, w = (part.to(device) for part in batch)
-        words = teacher.embeddings(input_ids)
-        averaged = trainer.average.state_dict() if trainer.average else {}
+        latents, input_ids, *draws = (part.to(device) for part in batch)
+        if trainer.average and method.averaged_target:
+            weights = trainer.average.state_dict()
+        else:
+            weights = {name: value.detach() for name, value in trainer.module.named_parameters()}
 
-        def target(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            return functional_call(trainer.module, averaged, (sample, timesteps, words, w))
+        def target(*inputs: Any) -> torch.Tensor:
+            return functional_call(trainer.module, weights, inputs)
 
-        return lcm_loss(
-            teacher.schedule, lambda sample, timesteps: model(sample, timesteps, words, w), target,
-            lambda sample, timesteps: teacher.predictions(sample, timesteps, words), latents, noise, rows, w,
-            args.num_ddim_timesteps, args.huber_c, args.timestep_scaling_factor,
-        )  # fmt: skip
+        return method.loss(model, target, latents, teacher.embeddings(input_ids), *draws)
 
     held_out = source.draw(0, VALIDATION_ITEMS, "held_out")
     captions = source.captions(held_out)
     prompts = list(args.validation_prompts or captions[:24])
     clean = teacher.encode(source.images(held_out))
     latent_shape = clean.shape[1:]
-    fixed = (clean, teacher.tokens(captions), *drawn(clean, 0, "validation-"))
-    # a LoRA learns the mean of all guidance; a full copy is told which one is wanted
-    guidance_scale = 1.0 if args.use_lora else 1.0 + 0.5 * (args.w_min + args.w_max)
+    # slct: at the levels of the end, so that values of one run can be compared
+    fixed = (clean, teacher.tokens(captions), *method.draws(clean.shape, args.max_train_steps, "validation-"))
+    # only a full copy by lcm is told the guidance
+    guidance_scale = 1.0 + 0.5 * (args.w_min + args.w_max) if args.method == "lcm" and not args.use_lora else 1.0
 
     def sample(pipeline: StableDiffusionPipeline) -> torch.Tensor:
         return pipeline(
@@ -165,6 +210,24 @@ def main(args: argparse.Namespace) -> None:
     finish_run(trainer, write)
 
 
+def guidance_note(args: argparse.Namespace) -> str:
+    bounds = [] if args.method == "slct" else sorted({args.w_min + 1, args.w_max + 1})
+    scales = " to ".join(f"{bound:g}" for bound in bounds)
+    if args.method == "slct":
+        note = "It was trained without guidance: `guidance_scale=1`; more costs a second pass."
+    elif args.method == "ctm":
+        note = (
+            f"Guidance of {scales} is part of the weights: `guidance_scale=1`, which tells the network to jump to the clean end; "
+            "`diffusers_ext.CTMPipeline` tells it any level."
+        )
+    elif args.use_lora:
+        note = f"Guidance of {scales} is part of the weights: `guidance_scale=1`."
+    else:
+        note = f"`guidance_scale` is an input of the network and costs no second pass; it was trained on {scales}."
+    lora = " `pytorch_lora_weights.safetensors` is the same as an adapter, for the teacher with an `LCMScheduler`."
+    return note + lora * args.use_lora
+
+
 def write_model_card(
     folder: Path,
     args: argparse.Namespace,
@@ -175,25 +238,18 @@ def write_model_card(
 ) -> None:
     name = args.hub_model_id or Path(args.output_dir).name
     teacher = Path(args.pretrained_teacher_model).name
-    scales = f"{args.w_min + 1:g} to {args.w_max + 1:g}" if args.w_min < args.w_max else f"{args.w_min + 1:g}"
-    guidance = (
-        f"Guidance of {scales} is part of the weights: `guidance_scale=1`. "
-        "`pytorch_lora_weights.safetensors` is the same as an adapter, for `load_lora_weights` on the teacher with an "
-        "`LCMScheduler`."
-        if args.use_lora
-        else f"`guidance_scale` is an input of the network and costs no second pass; it was trained on {scales}."
-    )
     description = (
-        f"`{teacher}` distilled to {args.num_inference_steps} steps by latent consistency with "
-        f"`training/train_consistency.py`, on {trainer.step * trainer.global_batch_size:,} samples. {guidance} "
-        f"Consistency loss on captions never trained on: {metrics['validation_loss']:.4f}.\n\n"
+        f"`{teacher}` distilled to {args.num_inference_steps} steps by {NAMES[args.method]} with "
+        f"`training/train_consistency.py`, on {trainer.step * trainer.global_batch_size:,} samples. "
+        f"{guidance_note(args)} "
+        f"Loss on captions never trained on: {metrics['validation_loss']:.4f}.\n\n"
         f"![samples](samples.png)\n\nFirst row: {'; '.join(prompts[:8])}.\n\n"
         "```python\nfrom diffusers import StableDiffusionPipeline\n\n"
         f'pipe = StableDiffusionPipeline.from_pretrained("{name}")\n'
         f'image = pipe("{prompts[0]}", num_inference_steps={args.num_inference_steps}, guidance_scale={scale:g}).images[0]\n'
         "```"
     )
-    tags = ["diffusers", "text-to-image", "stable-diffusion", "lcm", "diffusers-ext", *(["lora"] * args.use_lora)]
+    tags = ["diffusers", "text-to-image", "stable-diffusion", args.method, "diffusers-ext"] + ["lora"] * args.use_lora
     write_card(folder, Path(args.output_dir).name, description, args, tags)
 
 

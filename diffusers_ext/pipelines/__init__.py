@@ -1,5 +1,6 @@
 """Pipelines, one method a file."""
 
+from .pipeline_ctm import CTMPipeline
 from .pipeline_flowchef import FlowChefPipeline
 from .pipeline_flowchef_flux import FlowChefFluxPipeline
 from .pipeline_flowchef_pixel import FlowChefPixelPipeline
@@ -15,6 +16,7 @@ from .stream_batch import StreamBatch
 
 
 __all__ = [
+    "CTMPipeline",
     "FlowChefFluxPipeline",
     "FlowChefPipeline",
     "FlowChefPixelPipeline",

@@ -9,6 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .scheduling_adaptive_adams import AdaptiveAdamsScheduler
 from .scheduling_bdia_ddim import BDIADDIMScheduler
 from .scheduling_bdia_ddim_inverse import BDIADDIMInverseScheduler
+from .scheduling_ctm import CTMScheduler
 from .scheduling_evodiff import EVODiffScheduler
 from .scheduling_flair import FLAIRScheduler
 from .scheduling_flow_chef import FlowChefScheduler
@@ -29,6 +30,7 @@ __all__ = [
     "AdaptiveAdamsScheduler",
     "BDIADDIMInverseScheduler",
     "BDIADDIMScheduler",
+    "CTMScheduler",
     "EVODiffScheduler",
     "FLAIRScheduler",
     "FlowChefDPMSolverMultistepScheduler",

@@ -1,7 +1,9 @@
 """Command-line arguments that the training scripts share; names as in the diffusers examples."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..data import DEMO_OBJECTS
 
@@ -144,6 +146,24 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.objects == ["demo"]:
         args.objects = list(DEMO_OBJECTS)
     return args
+
+
+def settle_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, options: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuses options of other methods than `args.method`, with one sentence and exit code 2, and fills in its defaults.
+
+    Args:
+        parser: Reports what is wrong.
+        args: With a `method`; of the options it does not name, each is `None` where it was not given.
+        options: By method, the options that not all methods have alike, with their defaults there.
+    """
+    own = options[args.method]
+    for name in sorted({name for others in options.values() for name in others}):
+        if name not in own and getattr(args, name) is not None:
+            parser.error(f"--{name} is no option of --method {args.method}; leave it out")
+        if getattr(args, name) is None:
+            setattr(args, name, own.get(name))
 
 
 def check_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -25,7 +25,17 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model_index.json"
 # what a run leaves in its folder besides the model
-RUN_FILES = ("checkpoint-*/**", "logs/**", "samples/**", "log.jsonl", "latents-*", ".*", ".*/**")
+RUN_FILES = (
+    "checkpoint-*/**",
+    "logs/**",
+    "samples/**",
+    "log.jsonl",
+    "latents-*",
+    "pairs-*",
+    "guided-*",
+    ".*",
+    ".*/**",
+)
 
 
 def install_model(write: Callable[[Path], None], output_dir: str | os.PathLike[str]) -> None:

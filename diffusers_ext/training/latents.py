@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import nn
 
 from ..integrity import atomic_write
 from .data import Source
@@ -132,8 +133,14 @@ def encoder_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def cache_name(vae: AutoencoderKL, **settings: Any) -> str:
     """File name that changes with the autoencoder's weights and with every setting."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    digest.update(str(vae.config.scaling_factor).encode())
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return f"latents-{digest.hexdigest()[:16]}.safetensors"
+    return digest_name("latents", settings, vae)
+
+
+def digest_name(kind: str, settings: Mapping[str, Any], *models: nn.Module) -> str:
+    """Name of a safetensors file that changes with the weights of every model and with every setting."""
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
+    for model in models:
+        digest.update(str(getattr(model.config, "scaling_factor", None)).encode())
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return f"{kind}-{digest.hexdigest()[:16]}.safetensors"

@@ -132,6 +132,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "AdaptiveAdamsScheduler": {},
     "BDIADDIMInverseScheduler": {},
     "BDIADDIMScheduler": {},
+    "CTMScheduler": {"gamma": 0.5},
     "EVODiffScheduler": {},
     "FLAIRScheduler": {},
     "FlowChefDPMSolverMultistepScheduler": {},

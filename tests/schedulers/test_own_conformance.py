@@ -9,6 +9,7 @@ from diffusers_ext.schedulers import (
     AdaptiveAdamsScheduler,
     BDIADDIMInverseScheduler,
     BDIADDIMScheduler,
+    CTMScheduler,
     EVODiffScheduler,
     GHVBScheduler,
     HeavyBallDPMSolverMultistepScheduler,
@@ -77,6 +78,19 @@ class TestBDIADDIMScheduler(WithoutProcess):
     config = {**DONOR_CONFIG, "gamma": 0.3, "set_alpha_to_one": False}
 
 
+class TestCTMScheduler(WithoutProcess):
+    __test__ = True
+    scheduler_class = CTMScheduler
+    config = {**DONOR_CONFIG, "final_sigmas_type": "sigma_min"}
+
+
+class TestCTMSchedulerWithNoise(WithoutProcess):
+    __test__ = True
+    scheduler_class = CTMScheduler
+    config = {**DONOR_CONFIG, "gamma": 0.4}
+    deterministic = False
+
+
 class TestBDIADDIMInverseScheduler(WithoutProcess):
     __test__ = True
     scheduler_class = BDIADDIMInverseScheduler
@@ -95,7 +109,7 @@ class TestBDIADDIMInverseScheduler(WithoutProcess):
 
 
 @pytest.mark.parametrize(
-    "cls", [GHVBScheduler, AdaptiveAdamsScheduler, BDIADDIMScheduler], ids=lambda cls: cls.__name__
+    "cls", [GHVBScheduler, AdaptiveAdamsScheduler, BDIADDIMScheduler, CTMScheduler], ids=lambda cls: cls.__name__
 )
 def test_flow_levels_are_walked_in_order(cls: Any) -> None:
     # With the true velocity of a straight path every solver of the trajectory stays on it, and ends at the picture.

@@ -46,7 +46,16 @@ def test_the_velocity_of_the_pipeline_is_that_of_its_unet() -> None:
 
 def test_demo_names_the_objects_of_the_demo_models(tmp_path: Path) -> None:
     args = parse_args(
-        ["--dataset_name", "emoji-scenes", "--objects", "demo", "--pretrained_model", "x", "--output_dir", str(tmp_path)]
+        [
+            "--dataset_name",
+            "emoji-scenes",
+            "--objects",
+            "demo",
+            "--pretrained_model",
+            "x",
+            "--output_dir",
+            str(tmp_path),
+        ]
     )
     assert args.objects == list(DEMO_OBJECTS)
 

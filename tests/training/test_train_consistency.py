@@ -8,9 +8,12 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from diffusers_ext import CTMPipeline, CTMScheduler
 from diffusers_ext.training.checkpoints import list_checkpoints
+from diffusers_ext.training.distillation.lcm import guidance_embedding
+from diffusers_ext.training.distillation.methods import TIMESTEP_SHARE, LatentConsistencyTraining
 from diffusers_ext.training.distillation.stable_diffusion import (
-    LatentConsistencyStudent,
+    DistilledUNet,
     Teacher,
     few_step_scheduler,
     with_guidance_input,
@@ -21,6 +24,13 @@ from .conftest import load_script, losses
 
 Train = Callable[..., Path]
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
+# what only one method has
+OWN = {
+    "lcm": ["--w_min=1", "--w_max=4", "--unet_time_cond_proj_dim=16"],
+    "slct": ["--start_levels=4", "--end_levels=16"],
+    "ctm": ["--w_min=2", "--w_max=2", "--unet_time_cond_proj_dim=16"],
+    "guess": [],
+}
 
 
 @pytest.fixture
@@ -32,9 +42,9 @@ def train(teachers: dict[str, Path], picture_folder: Path, tmp_path: Path) -> Tr
         folder = tmp_path / name
         common = [
             f"--pretrained_teacher_model={teachers[teacher]}", f"--train_data_dir={picture_folder}", "--resolution=16",
-            "--train_batch_size=4", "--num_threads=1", "--report_to=none", "--lr_warmup_steps=0", "--w_min=1", "--w_max=4",
-            "--validation_prompts", "a red square", "--num_inference_steps=2", "--lora_rank=2", "--max_train_steps=2",
-            "--unet_time_cond_proj_dim=16", f"--output_dir={folder}",
+            "--train_batch_size=4", "--num_threads=1", "--report_to=none", "--lr_warmup_steps=0", "--num_inference_steps=2",
+            "--validation_prompts", "a red square", "--lora_rank=2", "--max_train_steps=2", f"--output_dir={folder}",
+            *OWN[next((word.removeprefix("--method=") for word in arguments if word.startswith("--method=")), "lcm")],
         ]  # fmt: skip
         script.main(script.parse_args([*common, *arguments]))
         return folder
@@ -50,7 +60,17 @@ def picture(pipe: StableDiffusionPipeline, scale: float) -> torch.Tensor:
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize(("teacher", "options"), [("epsilon", ["--use_lora"]), ("v_prediction", [])])
+@pytest.mark.parametrize(
+    ("teacher", "options"),
+    [
+        ("epsilon", ["--use_lora"]),
+        ("v_prediction", []),
+        ("epsilon", ["--method=slct"]),
+        ("v_prediction", ["--method=slct", "--use_lora", "--distance=pseudo_huber", "--noise_coupling=none"]),
+        ("v_prediction", ["--method=ctm"]),
+    ],
+    ids=["lcm lora", "lcm", "slct", "slct lora", "ctm"],
+)
 def test_the_trained_folder_is_a_stock_pipeline(train: Train, teacher: str, options: list[str]):
     folder = train("run", *options, teacher=teacher)
     pipe = DiffusionPipeline.from_pretrained(folder)
@@ -58,7 +78,8 @@ def test_the_trained_folder_is_a_stock_pipeline(train: Train, teacher: str, opti
     assert pipe.scheduler.config.prediction_type == teacher
     images = picture(pipe, 1.0 if options else 3.0)
     assert images.shape == (1, 3, 16, 16) and bool(torch.isfinite(images).all())
-    assert pipe.unet.config.time_cond_proj_dim == (None if options else 16)
+    told = not options or options == ["--method=ctm"]
+    assert pipe.unet.config.time_cond_proj_dim == (16 if told else None)
     texts = [path.read_text() for path in folder.rglob("*.json") if "checkpoint" not in str(path)]
     assert not any(str(folder.parent.parent) in text or "diffusers_ext" in text for text in texts)
 
@@ -109,17 +130,29 @@ def test_the_exported_weights_are_the_averaged_ones(train: Train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--use_lora"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--huber_c=0.1"],
+        ["--huber_c=0.1", "--use_lora"],
+        # at levels that stay, since the loss grows with them
+        ["--method=slct", "--start_levels=8", "--end_levels=8", "--distance=pseudo_huber"],
+        ["--method=ctm", "--huber_c=0.1", "--w_min=4", "--w_max=4", "--learning_rate=1e-3", "--max_train_steps=40"],
+    ],
+    ids=["lcm", "lcm lora", "slct", "ctm"],
+)
 def test_training_lowers_the_loss(train: Train, options: list[str]):
     folder = train(
-        "run", *options, "--max_train_steps=24", "--learning_rate=4e-3", "--logging_steps=8", "--cache_latents=23",
-        "--train_batch_size=8", "--validation_steps=0", "--huber_c=0.1", "--lora_rank=16",
+        "run", "--max_train_steps=24", "--learning_rate=4e-3", "--logging_steps=8", "--cache_latents=23",
+        "--train_batch_size=8", "--validation_steps=0", "--lora_rank=16", *options,
     )  # fmt: skip
     trace = losses(folder)
-    assert trace[24] < 0.8 * trace[1]
+    assert trace[max(trace)] < 0.8 * trace[1]
 
 
-@pytest.mark.parametrize("options", [[], ["--use_lora"]], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "options", [[], ["--use_lora"], ["--method=slct"], ["--method=ctm"]], ids=["lcm", "lcm lora", "slct", "ctm"]
+)
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(train: Train, options: list[str]):
     common = [*options, "--learning_rate=1e-3"]
     whole = train("whole", *common)
@@ -164,6 +197,46 @@ def test_the_card_says_how_to_sample(train: Train):
     assert "guidance_scale=1)" in lora and "pytorch_lora_weights.safetensors" in lora and "\n- lora\n" in lora
 
 
+def test_a_run_of_trajectories_loads_into_their_pipeline(train: Train):
+    folder = train("run", "--method=ctm", "--learning_rate=1e-2", "--max_train_steps=3")
+    card = (folder / "README.md").read_text()
+    assert "Guidance of 3 is part of the weights" in card and "diffusers_ext.CTMPipeline" in card
+    pipe = CTMPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = []
+    for gamma in (0.0, 0.5):
+        pipe.scheduler = CTMScheduler.from_config(pipe.scheduler.config, gamma=gamma)
+        pictures.append(pipe("a red square", output_type="pt", generator=torch.Generator().manual_seed(0)).images)
+        told: list[torch.Tensor] = []
+        hook = pipe.unet.register_forward_hook(
+            lambda _unet, _inputs, options, _output: told.append(options["timestep_cond"]), with_kwargs=True
+        )
+        pipe("a red square", output_type="latent", generator=torch.Generator().manual_seed(0))
+        hook.remove()
+        assert len(told) == 4
+        # what it is told is the embedding that training has made
+        for found, end in zip(told, pipe.scheduler.target_timesteps):
+            torch.testing.assert_close(found, guidance_embedding(end[None] * TIMESTEP_SHARE, 16), rtol=0, atol=1e-4)
+    assert not torch.allclose(*pictures, atol=1e-3)
+
+
+def test_a_student_of_consistency_training_starts_as_the_teacher_and_has_no_other_input(teachers: dict[str, Path]):
+    teacher = Teacher(str(teachers["epsilon"]))
+    student = DistilledUNet(teacher, None, None)
+    first, second = student.unet.state_dict(), teacher.unet.state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert all(value.requires_grad for value in student.parameters())
+    assert not any(value.requires_grad for value in teacher.unet.parameters())
+
+
+def test_validation_of_consistency_training_looks_at_the_levels_of_the_end(teachers: dict[str, Path]):
+    method = LatentConsistencyTraining(Teacher(str(teachers["epsilon"])), 0, 10, 4, 16, "cauchy", "none", 10.0)
+    shape = (3, 4, 8, 8)
+    assert [int(method.draws(shape, step)[-1][0]) for step in (0, 3, 9, 10)] == [5, 9, 17, 17]
+    first, again, other = (method.draws(shape, step) for step in (1, 1, 2))
+    assert all(torch.equal(one, two) for one, two in zip(first, again)) and not torch.equal(first[0], other[0])
+
+
 def test_before_training_the_student_is_the_teacher(teachers: dict[str, Path]):
     teacher = Teacher(str(teachers["v_prediction"]))
     generator = torch.Generator().manual_seed(0)
@@ -177,8 +250,8 @@ def test_before_training_the_student_is_the_teacher(teachers: dict[str, Path]):
     torch.testing.assert_close(conditional, teacher.unet(sample, timesteps, words).sample)
     torch.testing.assert_close(unconditional, teacher.unet(sample, timesteps, teacher.empty.expand_as(words)).sample)
     before = torch.get_rng_state()
-    full = LatentConsistencyStudent(teacher, None, 16)
-    lora = LatentConsistencyStudent(teacher, 2)
+    full = DistilledUNet(teacher, None, 16)
+    lora = DistilledUNet(teacher, 2)
     assert torch.equal(before, torch.get_rng_state())
     for student in (full, lora):
         torch.testing.assert_close(student(sample, timesteps, words, w), conditional)
@@ -206,6 +279,11 @@ def test_a_distilled_teacher_is_refused(teachers: dict[str, Path], tmp_path: Pat
         (["--w_min=9"], "--w_min 9 is above --w_max 4; exchange them"),
         (["--num_ddim_timesteps=1"], "--num_inference_steps 2 is more than the 1 of --num_ddim_timesteps"),
         (["--method=guess"], "invalid choice: 'guess'"),
+        (["--method=slct", "--w_min=3"], "--w_min is no option of --method slct; leave it out"),
+        (["--distance=cauchy"], "--distance is no option of --method lcm; leave it out"),
+        (["--method=slct", "--start_levels=20"], "--start_levels 20 is above --end_levels 16; exchange them"),
+        (["--method=ctm", "--w_min=1"], "--w_min 1 --w_max 2: --method ctm builds one guidance in; give it twice"),
+        (["--method=ctm", "--use_lora"], "--use_lora has no input for the level that a jump ends at"),
     ],
 )
 def test_a_wrong_argument_is_answered_in_one_sentence(train: Train, capsys, arguments: list[str], message: str):

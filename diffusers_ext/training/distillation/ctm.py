@@ -7,6 +7,11 @@ where g is a denoiser: at s = t it is the clean sample's posterior mean, at s = 
     the denoiser  ||x_0 - g(x_t, t, t)||^2, which keeps the score.
 gamma-sampling repeats: jump to s' = sqrt(1 - gamma^2) s, then add noise of deviation gamma s; 0 is deterministic, 1 is the sampling of
 consistency models.
+
+On the timesteps of a diffusion, with its signal a and noise level b, the same jump of a network that predicts in any terms, told t and s, is
+    G(x, t, s) = a_s x_0 + b_s eps,     x_0 and eps those of the prediction at x, t.
+The teacher is the guided one; its own denoiser takes the place of the data in the second loss, which has the same minimiser for guidance 0:
+    latent_ctm_loss = huber(jump) + weight ||prediction(x_t, t, t) - guided prediction(x_t, t)||^2.
 """
 
 import math
@@ -16,6 +21,8 @@ import torch
 
 from ..objectives import per_sample
 from .checks import check_levels, check_range, check_same_shape
+from .lcm import guided, huber, solver_timesteps, teacher_step
+from .parameterization import NoiseSchedule
 
 
 # (sample, t, s) -> sample at s
@@ -142,3 +149,85 @@ def gamma_levels(wanted: float, gamma: float) -> tuple[float, float]:
     check_range("wanted", wanted, 0.0)
     check_range("gamma", gamma, 0.0, 1.0)
     return math.sqrt(1.0 - gamma * gamma) * wanted, gamma * wanted
+
+
+def latent_jump(
+    schedule: NoiseSchedule,
+    prediction: torch.Tensor,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """G of a network's prediction on the timesteps of a diffusion.
+
+    Args:
+        schedule: Levels and prediction type of the network.
+        prediction: Its output (n, ...), told both timesteps.
+        sample: Its noisy input, same shape.
+        timesteps: t of each sample (n,).
+        wanted: s of each sample (n,), from 0 to t.
+
+    Returns:
+        Samples at `wanted` (n, ...), float32.
+    """
+    check_levels(sample, timesteps=timesteps, wanted=wanted)
+    prediction, sample = prediction.float(), sample.float()
+    clean, noise = (part(prediction, sample, timesteps) for part in (schedule.clean, schedule.noise))
+    return schedule.noisy(clean, noise, wanted)
+
+
+def latent_ctm_loss(
+    schedule: NoiseSchedule,
+    student: Jump,
+    target: Jump,
+    teacher: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    rows: torch.Tensor,
+    ends: torch.Tensor,
+    w: torch.Tensor,
+    num_ddim_timesteps: int = 50,
+    huber_c: float = 0.001,
+    denoising_weight: float = 1.0,
+) -> torch.Tensor:
+    """Loss of a batch; u is the solver's timestep next below t, one guided DDIM step of the teacher away.
+
+    Args:
+        schedule: Levels and prediction type of teacher and student; a diffusion, no flow.
+        student: From sample, t and s to the prediction of the network that is trained. It is called once, with 2 n samples.
+        target: The same or its moving average, with weights that take no gradient.
+        teacher: To predictions with and without the prompt; called without gradients.
+        clean: Latents of pictures (n, ...).
+        noise: Standard normal noise, same shape.
+        rows: Which of the solver's timesteps t is, (n,) from 0 to `num_ddim_timesteps` - 1.
+        ends: Which of timestep 0 and the solver's s is, (n,) from 0 to `rows`: below t.
+        w: Guidance of each sample (n,).
+        num_ddim_timesteps: Steps of the teacher's solver.
+        huber_c: c of the loss of the jump, above 0.
+        denoising_weight: Weight of the second loss, 0 or more.
+
+    Returns:
+        A scalar.
+    """
+    check_levels(clean, rows=rows, ends=ends, w=w)
+    check_range("rows", int(rows.max()), 0, num_ddim_timesteps - 1)
+    check_range("denoising_weight", denoising_weight, 0.0)
+    if not bool(((ends >= 0) & (ends <= rows)).all()):
+        raise ValueError("ends must lie from 0 to rows for each sample: a jump ends below where it starts")
+    solved = solver_timesteps(schedule.num_train_timesteps, num_ddim_timesteps)
+    levels = torch.cat([torch.zeros(1, dtype=torch.long), solved]).to(clean.device)
+    timesteps, middle, wanted = levels[rows + 1], levels[rows], levels[ends]
+    sample = schedule.noisy(clean, noise, timesteps)
+    with torch.no_grad():
+        pair = teacher(sample, timesteps)
+        denoised = guided(*pair, w).float()
+    jumping, denoising = student(
+        sample.repeat(2, *[1] * (sample.ndim - 1)), timesteps.repeat(2), torch.cat([wanted, timesteps])
+    ).chunk(2)
+    reached, expected = trajectory_pair(
+        lambda x, t, s: latent_jump(schedule, jumping, x, t, s),
+        lambda x, t, s: latent_jump(schedule, target(x, t, s), x, t, s),
+        lambda x, t, u: teacher_step(schedule, *pair, x, t, u, w),
+        sample, timesteps, middle, wanted,
+    )  # fmt: skip
+    return huber(reached, expected, huber_c) + denoising_weight * (denoising.float() - denoised).square().mean()

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from ..adapters import SharedBase
@@ -81,10 +82,15 @@ class Teacher:
         conditional, unconditional = output.chunk(2)
         return conditional, unconditional
 
-    def student_pipeline(self, unet: UNet2DConditionModel, scheduler: LCMScheduler) -> StableDiffusionPipeline:
-        """The teacher's pipeline with another UNet and scheduler."""
+    def student_pipeline(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        family: type[DiffusionPipeline] = StableDiffusionPipeline,
+    ) -> Any:
+        """The teacher's pipeline with another UNet and scheduler, or one of another family with the same parts."""
         parts = {**self.pipeline.components, "unet": unet, "scheduler": scheduler}
-        pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        pipeline = family(**parts, requires_safety_checker=False)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -106,31 +112,34 @@ def with_guidance_input(unet: UNet2DConditionModel, dimension: int) -> UNet2DCon
     return student.to(unet.device)
 
 
-class LatentConsistencyStudent(nn.Module):
-    """The UNet that is trained: a full copy of the teacher's that is told the guidance, or a LoRA on the teacher itself.
+class DistilledUNet(nn.Module):
+    """The UNet that is trained: a full copy of the teacher's that is told a number a sample, or a LoRA on the teacher itself.
 
     Args:
         teacher: The frozen teacher. With a LoRA its UNet gets the adapter, and remains the teacher while that is not at work.
         lora_rank: Rank of the LoRA; `None` trains a full copy.
-        time_cond_proj_dim: Width of the guidance embedding of a full copy.
+        time_cond_proj_dim: Width of the embedding of that number in a full copy, which is the guidance in the pipelines of diffusers;
+            `None` for a copy without.
         seed: Seed of the LoRA's initial weights.
     """
 
-    def __init__(self, teacher: Teacher, lora_rank: int | None, time_cond_proj_dim: int = 256, seed: int = 0):
+    def __init__(self, teacher: Teacher, lora_rank: int | None, time_cond_proj_dim: int | None = 256, seed: int = 0):
         super().__init__()
         self.base: SharedBase | None = None
-        if lora_rank is None:
-            self.unet = with_guidance_input(teacher.unet, time_cond_proj_dim).requires_grad_(True)
-        else:
+        if lora_rank is not None:
             self.unet = teacher.unet
             self.base = SharedBase(self.unet, [STUDENT], rank=lora_rank, seed=seed)
+        elif time_cond_proj_dim is not None:
+            self.unet = with_guidance_input(teacher.unet, time_cond_proj_dim).requires_grad_(True)
+        else:
+            self.unet = deepcopy(teacher.unet).requires_grad_(True)
 
     def forward(
-        self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor, w: torch.Tensor
+        self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor, w: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Prediction (n, c, h, w) for noisy latents of that shape, timesteps (n,), embeddings and guidance w (n,)."""
+        """Prediction (n, c, h, w) for noisy latents of that shape, timesteps (n,), embeddings and the number to be told w (n,)."""
         dimension = self.unet.config.time_cond_proj_dim
-        told = None if dimension is None else guidance_embedding(w, dimension).to(sample)
+        told = None if dimension is None or w is None else guidance_embedding(w, dimension).to(sample)
         with self.active():
             return self.unet(sample, timesteps, words, timestep_cond=told).sample
 
@@ -159,7 +168,14 @@ class Student(Protocol):
         """The student as a stock UNet."""
 
 
-def save_student(teacher: Teacher, student: Student, scheduler: LCMScheduler, folder: Path, dtype: str) -> None:
+def save_student(
+    teacher: Teacher,
+    student: Student,
+    scheduler: SchedulerMixin,
+    folder: Path,
+    dtype: str,
+    family: type[DiffusionPipeline] = StableDiffusionPipeline,
+) -> None:
     """Writes the student as a stock pipeline, and its adapter, if it is one, as a file for `load_lora_weights`.
 
     Args:
@@ -168,8 +184,9 @@ def save_student(teacher: Teacher, student: Student, scheduler: LCMScheduler, fo
         scheduler: What the student is sampled with.
         folder: An empty folder.
         dtype: "fp32" or "fp16", of the pipeline.
+        family: Class of the pipeline.
     """
-    save_pipeline(teacher.student_pipeline(student.plain_unet(), scheduler), folder, dtype)
+    save_pipeline(teacher.student_pipeline(student.plain_unet(), scheduler, family), folder, dtype)
     if student.base:
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=student.base.state_dict(STUDENT))
 
