@@ -5,7 +5,7 @@ points of guided sampling runs, not noised data, because those are what it meets
     loss = mean ||eps_adapted(x_t, t, c, w) - (eps_u + w (eps_c - eps_u))||^2 over (x_t, t, c, w) of stored trajectories.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +38,17 @@ def guided_trajectory(
     noise: torch.Tensor,
     scale: torch.Tensor,
     num_inference_steps: int,
+    step_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[GuidedPoint]:
     """Runs guided sampling and yields each point of it, to be stored and trained on.
 
     Args:
-        scheduler: A scheduler of diffusers whose steps are deterministic.
+        scheduler: A scheduler of diffusers.
         denoise: From sample and timestep to the predictions with and without condition.
         noise: Start (n, ...), scaled by the scheduler's `init_noise_sigma`.
         scale: Guidance scale of each run (n,).
         num_inference_steps: Steps of the run, 1 or more.
+        step_kwargs: What the scheduler's step takes besides, e.g. the `generator` of one whose steps are random.
 
     Yields:
         A point a step, from the noisiest on.
@@ -59,7 +61,7 @@ def guided_trajectory(
         scaled = scheduler.scale_model_input(sample, timestep)
         prediction = guided(*denoise(scaled, timestep), scale)
         yield GuidedPoint(scaled, timestep, prediction)
-        sample = scheduler.step(prediction, timestep, sample).prev_sample
+        sample = scheduler.step(prediction, timestep, sample, **(step_kwargs or {})).prev_sample
 
 
 def relative_error(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
