@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 
-from diffusers_ext.steering import GaussianBlur, InpaintMask, LinearOperator, SuperResolution
+from diffusers_ext.schedulers import FlowChefScheduler
+from diffusers_ext.steering import GaussianBlur, InpaintMask, LinearOperator, MeasurementObjective, SuperResolution
 from tests.helpers.golden import golden
 
 
 SHAPE = (3, 8, 8)
 NOISE_STD = 0.05
 PICTURES, SAMPLES = 16, 16  # of a task: pictures, and samples for each
+# the reference run of the authors' pixel code: eta 0.5, the last of 30 steps free
+OFFICIAL = {"data_step": "grad", "learning_rate": 0.5, "renoise": 0.0, "steer_stop": 29 / 30}
 
 
 def cosine_transform(size: int) -> torch.Tensor:
@@ -161,6 +164,24 @@ def run(scheduler: Any, steps: int, start: torch.Tensor, **arguments: Any) -> to
         velocity = flow.velocity(state, float(scheduler.sigmas[index]))
         state = scheduler.step(velocity, timestep, state, **arguments).prev_sample
     return state
+
+
+def steered(
+    scheduler: Any, operator: LinearOperator, measurement: torch.Tensor, start: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """A run of a scheduler towards a measurement."""
+    objective = MeasurementObjective(operator, measurement, noise_std=NOISE_STD)
+    scheduler.set_objective(objective, generator=torch.Generator().manual_seed(2))
+    return run(scheduler, steps, start)
+
+
+@cache
+def quality(
+    name: str, cls: type = FlowChefScheduler, steps: int = 30, settings: tuple[tuple[str, Any], ...] = ()
+) -> Quality:
+    """Of a scheduler class with settings, in a task."""
+    task = tasks()[name]
+    return task.quality(steered(cls(**dict(settings)), task.operator, task.repeated, start_noise(), steps))
 
 
 def start_noise(seed: int = 1) -> torch.Tensor:

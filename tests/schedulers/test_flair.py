@@ -1,6 +1,5 @@
 """FLAIR on flows whose posteriors are known and in pipelines, and what it refuses."""
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -24,26 +23,20 @@ from diffusers_ext.steering import (
     steerable,
     velocity_errors,
 )
-from tests.analytic.steering import NOISE_STD, SHAPE, Quality, box_mask, picture_flow, run, start_noise, tasks
+from tests.analytic.steering import (
+    NOISE_STD,
+    OFFICIAL,
+    SHAPE,
+    box_mask,
+    picture_flow,
+    quality,
+    run,
+    start_noise,
+    steered,
+    tasks,
+)
 from tests.helpers.tiny_flows import shifted_vae
 from tests.steering.tiny_pipelines import PIPELINES
-
-
-OFFICIAL_FLOWCHEF = {"data_step": "grad", "learning_rate": 0.5, "renoise": 0.0, "steer_stop": 29 / 30}
-
-
-def solved(
-    scheduler: Any, operator: LinearOperator, measurement: torch.Tensor, start: torch.Tensor, steps: int
-) -> Any:
-    objective = MeasurementObjective(operator, measurement, noise_std=NOISE_STD)
-    scheduler.set_objective(objective, generator=torch.Generator().manual_seed(2))
-    return run(scheduler, steps, start)
-
-
-@cache
-def quality(name: str, cls: type, steps: int = 30, settings: tuple[tuple[str, Any], ...] = ()) -> Quality:
-    task = tasks()[name]
-    return task.quality(solved(cls(**dict(settings)), task.operator, task.repeated, start_noise(), steps))
 
 
 # -- quality -----------------------------------------------------------------------------------------------------------
@@ -53,7 +46,7 @@ def quality(name: str, cls: type, steps: int = 30, settings: tuple[tuple[str, An
 @pytest.mark.parametrize("name", ["inpainting", "super-resolution", "deblurring"])
 def test_the_default_is_ahead_of_flowchef_as_its_authors_have_it(name: str, steps: int) -> None:
     ours = quality(name, FLAIRScheduler, steps)
-    theirs = quality(name, FlowChefScheduler, 30, tuple(OFFICIAL_FLOWCHEF.items()))
+    theirs = quality(name, FlowChefScheduler, 30, tuple(OFFICIAL.items()))
     assert ours.psnr >= theirs.psnr and ours.mean_error <= 0.04
     assert 0.5 <= ours.residual <= 1.2
 
@@ -81,7 +74,7 @@ def test_nothing_diverges(name: str, settings: dict[str, Any]) -> None:
     if isinstance(operator, InpaintMask):
         measurement = measurement * (operator.mask > 0)
     start = torch.randn(8, *SHAPE, generator=generator)
-    samples = solved(FLAIRScheduler(**settings), operator, measurement.float(), start, 20).double()
+    samples = steered(FLAIRScheduler(**settings), operator, measurement.float(), start, 20).double()
     free = run(FlowMatchEulerDiscreteScheduler(), 20, start).double()
     assert float((samples - truth).square().mean()) < 0.9 * float((free - truth).square().mean())
 

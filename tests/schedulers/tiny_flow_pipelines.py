@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -12,16 +11,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
+from tests.helpers.tiny_flows import shifted_vae
+
 
 WIDTH = 8
-
-
-def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=1, layers_per_block=1, shift_factor=0.1, scaling_factor=1.5,
-        use_quant_conv=False, use_post_quant_conv=False,
-    ).eval()  # fmt: skip
 
 
 def tiny_sd3() -> StableDiffusion3Pipeline:
@@ -33,7 +26,7 @@ def tiny_sd3() -> StableDiffusion3Pipeline:
             joint_attention_dim=WIDTH, caption_projection_dim=16, pooled_projection_dim=WIDTH, out_channels=4,
         ).eval()  # fmt: skip
         pipe = StableDiffusion3Pipeline(
-            transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_vae(), text_encoder=None,
+            transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=shifted_vae(), text_encoder=None,
             tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
         )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
@@ -49,7 +42,7 @@ def tiny_flux(dynamic: bool = True) -> FluxPipeline:
             joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=[4, 4, 8],
         ).eval()  # fmt: skip
         pipe = FluxPipeline(
-            transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic), vae=_vae(),
+            transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic), vae=shifted_vae(),
             text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
         )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

@@ -1,6 +1,5 @@
 """Steering on a flow whose posteriors are known: how near samples come, and that nothing diverges."""
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -18,47 +17,31 @@ from diffusers_ext.steering import (
     GaussianBlur,
     InpaintMask,
     LinearOperator,
-    MeasurementObjective,
     MotionBlur,
     SuperResolution,
 )
 from tests.analytic.steering import (
     NOISE_STD,
+    OFFICIAL,
     SHAPE,
     Quality,
     box_mask,
     picture_flow,
+    quality,
     run,
     start_noise,
+    steered,
     tasks,
 )
 from tests.helpers.golden import golden
 
 
 TASKS = ("inpainting", "super-resolution", "deblurring")
-# The reference run of the authors' pixel code: eta 0.5, the last step free.
-OFFICIAL = {"data_step": "grad", "learning_rate": 0.5, "renoise": 0.0, "steer_stop": 29 / 30}
 every_task = pytest.mark.parametrize("name", TASKS)
 
 
-def steered(
-    scheduler: Any, operator: LinearOperator, measurement: torch.Tensor, start: torch.Tensor, steps: int
-) -> Any:
-    objective = MeasurementObjective(operator, measurement, noise_std=NOISE_STD)
-    scheduler.set_objective(objective, generator=torch.Generator().manual_seed(2))
-    return run(scheduler, steps, start)
-
-
-@cache
-def quality(
-    name: str, cls: type = FlowChefScheduler, steps: int = 30, settings: tuple[tuple[str, Any], ...] = ()
-) -> Quality:
-    task = tasks()[name]
-    return task.quality(steered(cls(**dict(settings)), task.operator, task.repeated, start_noise(), steps))
-
-
 def official(name: str) -> Quality:
-    return quality(name, settings=tuple(OFFICIAL.items()))
+    return quality(name, FlowChefScheduler, settings=tuple(OFFICIAL.items()))
 
 
 # -- the field itself --------------------------------------------------------------------------------------------------
