@@ -22,69 +22,112 @@ from diffusers_ext.training.arguments import (
     not_negative,
     positive,
     positive_int,
+    settle_options,
+    share,
 )
-from diffusers_ext.training.data import make_source
+from diffusers_ext.training.data import FolderSource, make_source
 from diffusers_ext.training.distillation.f_divergence import F_DIVERGENCES, DensityRatioWeights
-from diffusers_ext.training.distillation.matching import (
-    FAKE,
-    MatchingBatch,
-    MatchingNetworks,
-    fake_loss,
-    student_loss,
-)
-from diffusers_ext.training.distillation.stable_diffusion import STUDENT, Teacher, few_step_scheduler, save_student
+from diffusers_ext.training.distillation.matching import FAKE, MatchingNetworks
+from diffusers_ext.training.distillation.matching_methods import make_matching_method
+from diffusers_ext.training.distillation.stable_diffusion import STUDENT, Teacher, save_student
 from diffusers_ext.training.export import finish_run, picture_grid, write_card
-from diffusers_ext.training.latents import make_latents
-from diffusers_ext.training.objectives import stratified_uniform
-from diffusers_ext.training.streams import stream
+from diffusers_ext.training.latents import FreshLatents, make_latents
+from diffusers_ext.training.streams import stream, stream_seed
 from diffusers_ext.training.trainer import make_accelerator
+
+
+# the options that not all methods have alike, with their defaults there
+COMMON: dict[str, Any] = {
+    "backward_simulation": True, "cache_latents": 0, "gan_weight": 1e-3, "discriminator_weight": 1e-2, "real_guidance_scale": 7.5,
+    "fake_update_ratio": 5, "max_grad_norm": 10.0, "ema_decay": 0.99, "num_denoising_steps": 4,
+}  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dmd2": COMMON,
+    "fdistill": {**COMMON, "divergence": "js", "ratio_bins": 10},
+    "cdm": {
+        "longest_schedule": 28, "fake_pull": 1e-3, "real_guidance_scale": 8.0, "fake_update_ratio": 2,
+        "max_grad_norm": 1.0, "ema_decay": 0.999, "num_denoising_steps": 4,
+    },
+    "rdmd": {
+        "source_data_dir": None, "transport_lambda": 0.25, "real_guidance_scale": 7.5, "fake_update_ratio": 5,
+        "max_grad_norm": 10.0, "ema_decay": 0.99, "num_denoising_steps": 2,
+    },
+}  # fmt: skip
+NAMES = {"dmd2": "DMD2", "fdistill": "f-distill", "cdm": "CDM", "rdmd": "RDMD"}
+# 1 / steps, as a strength, times steps is 1 again only where decimals are exact
+TRANSLATION_STEPS = (2, 4, 5, 8, 10)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_arguments(parser)
     add_training_arguments(
-        parser, learning_rate=None, lr_scheduler="constant", max_grad_norm=10.0, adam_beta2=0.999, ema_decay=0.99
+        parser, learning_rate=None, lr_scheduler="constant", max_grad_norm=None, adam_beta2=0.999, ema_decay=None
     )
     group = parser.add_argument_group("distillation")
     group.add_argument(
-        "--method", choices=("dmd2", "fdistill"), default="dmd2",
-        help="dmd2: reverse KL; fdistill: --divergence, weighed by the discriminator.",
+        "--method", choices=tuple(OPTIONS), default="dmd2",
+        help="dmd2: reverse KL; fdistill: --divergence, weighed by the discriminator; cdm: flows, on a schedule that changes; "
+        "rdmd: translates pictures of --source_data_dir.",
     )  # fmt: skip
     group.add_argument("--pretrained_teacher_model", required=True, help="Folder or Hub id of the pipeline.")
     group.add_argument(
         "--use_lora", action="store_true", help="Student and fake score are LoRAs on the teacher itself."
     )
     group.add_argument("--lora_rank", type=positive_int, default=64)
-    group.add_argument("--num_denoising_steps", type=positive_int, default=4, help="Steps of the student.")
     group.add_argument(
-        "--backward_simulation", action=argparse.BooleanOptionalAction, default=True,
-        help="Train on the student's own paths; without it, on noised pictures.",
+        "--num_denoising_steps", type=positive_int,
+        help="Steps of the student, default 4. rdmd: the translator is the last of so many, default 2.",
     )  # fmt: skip
-    group.add_argument("--real_guidance_scale", type=positive, default=7.5, help="Guidance of the teacher.")
-    group.add_argument("--fake_update_ratio", type=positive_int, default=5, help="Steps of the fake score for one.")
-    group.add_argument("--fake_learning_rate", type=positive, help="Default: --learning_rate.")
-    group.add_argument("--gan_weight", type=not_negative, default=1e-3, help="0 trains without discriminator.")
-    group.add_argument("--discriminator_weight", type=positive, default=1e-2)
-    group.add_argument("--divergence", choices=F_DIVERGENCES, default="js")
     group.add_argument(
-        "--ratio_bins", type=positive_int, default=10, help="Noise levels whose density ratios are compared."
+        "--real_guidance_scale", type=positive, help="Guidance of the teacher. Default: 7.5, for cdm 8."
     )
+    group.add_argument("--fake_update_ratio", type=positive_int, help="Steps of the fake score for one.")
+    group.add_argument("--fake_learning_rate", type=positive, help="Default: --learning_rate, for cdm half of it.")
     group.add_argument(
-        "--cache_latents", type=count, default=0, help="Encode this many pictures once instead of new ones every step."
+        "--cache_latents", type=count, help="Encode this many pictures once instead of new ones every step."
     )
+    group = parser.add_argument_group("distillation by --method dmd2 or fdistill")
+    group.add_argument(
+        "--backward_simulation", action=argparse.BooleanOptionalAction,
+        help="Train on the student's own paths (default); without it, on noised pictures.",
+    )  # fmt: skip
+    group.add_argument("--gan_weight", type=not_negative, help="0 trains without discriminator.")
+    group.add_argument("--discriminator_weight", type=positive)
+    group.add_argument("--divergence", choices=F_DIVERGENCES, help="fdistill only.")
+    group.add_argument(
+        "--ratio_bins", type=positive_int, help="fdistill: noise levels whose density ratios are compared."
+    )
+    group = parser.add_argument_group("distillation by --method cdm")
+    group.add_argument("--longest_schedule", type=positive_int, help="Most steps of the student's walks in training.")
+    group.add_argument("--fake_pull", type=share, help="How far each step takes the fake score to the student.")
+    group = parser.add_argument_group("distillation by --method rdmd")
+    group.add_argument("--source_data_dir", help="Folder of pictures to translate, with metadata.jsonl.")
+    group.add_argument("--transport_lambda", type=not_negative, help="Cost of moving a picture; 0 moves it freely.")
     group = parser.add_argument_group("validation and export")
     group.add_argument("--validation_prompts", nargs="+", help="Default: captions that are never trained on.")
     group.add_argument("--export_dtype", choices=("fp32", "fp16"), default="fp32")
     args = check_arguments(parser, parser.parse_args(input_args))
+    settle_options(parser, args, OPTIONS)
     if args.method == "fdistill" and not args.gan_weight:
         parser.error("--method fdistill reads density ratios from the discriminator; give a --gan_weight above 0")
     if args.num_denoising_steps > 100:
         parser.error(f"--num_denoising_steps {args.num_denoising_steps} is no distillation; choose 1 to 8")
+    if args.method == "cdm" and args.real_guidance_scale < 1.0:
+        parser.error(
+            f"--real_guidance_scale {args.real_guidance_scale:g} is below 1, which is no guidance; choose more"
+        )
+    if args.method == "rdmd" and not Path(args.source_data_dir or "").joinpath("metadata.jsonl").is_file():
+        parser.error(
+            f"--source_data_dir {args.source_data_dir} is no folder with metadata.jsonl; --method rdmd needs one"
+        )
+    if args.method == "rdmd" and args.num_denoising_steps not in TRANSLATION_STEPS:
+        steps = ", ".join(map(str, TRANSLATION_STEPS))
+        parser.error(f"--num_denoising_steps {args.num_denoising_steps} is no strength of rdmd; choose one of {steps}")
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.use_lora else 1e-5
     if args.fake_learning_rate is None:
-        args.fake_learning_rate = args.learning_rate
+        args.fake_learning_rate = args.learning_rate * (0.5 if args.method == "cdm" else 1.0)
     return args
 
 
@@ -93,42 +136,41 @@ def main(args: argparse.Namespace) -> None:
     device = accelerator.device
     source = make_source(args, device)
     teacher = Teacher(args.pretrained_teacher_model, device)
-    # with as many original steps as it takes, the stock scheduler has the student's timesteps
-    scheduler = few_step_scheduler(teacher, args.num_denoising_steps, 10.0)
-    networks = MatchingNetworks(
-        teacher, args.num_denoising_steps, args.lora_rank if args.use_lora else None, bool(args.gan_weight),
-        args.backward_simulation, args.seed,
-    )  # fmt: skip
     weights = None
     if args.method == "fdistill":
         weights = DensityRatioWeights(
             args.divergence, args.ratio_bins, all_reduce=lambda tensor: accelerator.reduce(tensor, "sum")
         )
+    method = make_matching_method(args, teacher, weights)
+    networks = MatchingNetworks(
+        teacher, args.num_denoising_steps, args.lora_rank if args.use_lora else None, bool(args.gan_weight),
+        method.backward_simulation, args.seed,
+    )  # fmt: skip
     trainer = AlternatingTrainer(
         args, accelerator, networks,
-        networks.players(args.learning_rate, args.fake_learning_rate, args.fake_update_ratio),
+        networks.players(args.learning_rate, args.fake_learning_rate, args.fake_update_ratio, args.fake_pull or 0.0),
         {"density_ratios": weights} if weights else None,
     )  # fmt: skip
     total, a_round = trainer.global_batch_size, args.fake_update_ratio + 1
     data = make_latents(args, source, teacher.pipeline.vae, teacher.encode, accelerator)
-    with_pictures = bool(args.gan_weight) or not args.backward_simulation
-    latent_shape = teacher.encode(source.images(source.draw(0, 1, "held_out"))).shape[1:]
-    shape = (total, *latent_shape)
+    translated = None
+    if args.source_data_dir:
+        # another seed, so that pictures do not go with captions of equal rows
+        seed = stream_seed(args.seed, 0, "translated")
+        translated = FolderSource(args.source_data_dir, seed, args.resolution, args.image_column, None, device)
+    pictures = FreshLatents(translated, teacher.encode) if translated else data
+    shape = (total, *teacher.encode(source.images(source.draw(0, 1, "held_out"))).shape[1:])
 
     def turn(step: int) -> list[Any]:
         """Batches of one optimiser step of one player; steps of all players are counted together."""
         items, keys = data.draw(step, total)
-        prompts = source.captions(items, step)
-        path = torch.randn(
-            (args.num_denoising_steps, *shape), generator=stream(args.seed, step, "path"), dtype=torch.float32
-        )
-        last = int(torch.randint(args.num_denoising_steps, (), generator=stream(args.seed, step, "last")))
-        noise, real_noise = torch.randn((2, *shape), generator=stream(args.seed, step, "noise"))
-        uniform = stratified_uniform(total, stream(args.seed, step, "timesteps"))
+        prompts, draws = source.captions(items, step), method.draws(shape, step)
+        if translated:
+            _, keys = pictures.draw(step, total)
         return [
             (
-                teacher.tokens(prompts[rows]), path[:, rows], last, noise[rows], uniform[rows],
-                data.latents(keys[rows]) if with_pictures else None, real_noise[rows],
+                teacher.tokens(prompts[rows]), pictures.latents(keys[rows]) if method.needs_pictures else None,
+                *(part[rows] for part in draws),
             )
             for rows in trainer.own_rows()
         ]  # fmt: skip
@@ -137,52 +179,71 @@ def main(args: argparse.Namespace) -> None:
         turns = [turn(step * a_round + i) for i in range(a_round)]
         return {FAKE: turns[:-1], STUDENT: turns[-1:]}
 
-    def on_device(batch: Any) -> MatchingBatch:
-        input_ids, *parts = (part.to(device) if isinstance(part, torch.Tensor) else part for part in batch)
-        return MatchingBatch(teacher.embeddings(input_ids), *parts)
+    def on_device(batch: Any) -> tuple[Any, ...]:
+        input_ids, *parts = (None if part is None else part.to(device) for part in batch)
+        return teacher.embeddings(input_ids), *parts
 
     losses = {
-        FAKE: lambda module, batch: fake_loss(module, on_device(batch), args.discriminator_weight),
-        STUDENT: lambda module, batch: student_loss(
-            module, teacher, on_device(batch), args.real_guidance_scale, args.gan_weight, weights
-        ),
+        FAKE: lambda module, batch: method.fake_loss(module, *on_device(batch)),
+        STUDENT: lambda module, batch: method.student_loss(module, *on_device(batch)),
     }
     prompts = list(args.validation_prompts or source.captions(source.draw(0, 24, "held_out")))
 
+    keywords: dict[str, Any] = {"height": args.resolution, "width": args.resolution}
+    if translated:
+        prompts = prompts[:8]
+        images = translated.images(translated.draw(0, len(prompts), "held_out")) * 0.5 + 0.5
+        keywords = {"image": images, "strength": 1.0 / args.num_denoising_steps}
+
     def validate(step: int) -> tuple[dict[str, float], Any]:
         with networks.active(STUDENT):
-            pictures = teacher.student_pipeline(networks.student, scheduler)(
+            made = teacher.student_pipeline(networks.student, method.scheduler, method.family)(
                 prompts, num_inference_steps=args.num_denoising_steps, guidance_scale=1.0, output_type="pt",
-                generator=stream(args.seed, 0, "validation-samples"), height=args.resolution, width=args.resolution,
+                generator=stream(args.seed, 0, "validation-samples"), **keywords,
             ).images  # fmt: skip
-        return {}, picture_grid(pictures * 2.0 - 1.0, columns=min(8, len(prompts)))
+        shown = torch.cat([keywords["image"], made]) if translated else made
+        return {}, picture_grid(shown * 2.0 - 1.0, columns=min(8, len(prompts)))
 
     trainer.fit(make_batches, losses, validate)
     trainer.validate(validate)
 
     def write(folder: Path) -> None:
-        save_student(teacher, networks, scheduler, folder, args.export_dtype)
-        write_model_card(folder, args, trainer, prompts)
+        save_student(teacher, networks, method.scheduler, folder, args.export_dtype, method.family)
+        write_model_card(folder, args, trainer, prompts, method.family.__name__)
 
     finish_run(trainer, write)
 
 
-def write_model_card(folder: Path, args: argparse.Namespace, trainer: AlternatingTrainer, prompts: list[str]) -> None:
-    method = "DMD2" if args.method == "dmd2" else f"f-distill ({args.divergence})"
+def write_model_card(
+    folder: Path, args: argparse.Namespace, trainer: AlternatingTrainer, prompts: list[str], family: str
+) -> None:
+    method = NAMES[args.method] + (f" ({args.divergence})" if args.divergence else "")
     adapter = (
         "\n\n`pytorch_lora_weights.safetensors` is the same as an adapter, for `load_lora_weights` on the teacher with the "
-        "`LCMScheduler` of this folder."
+        "scheduler of this folder."
     )
+    steps, translates = args.num_denoising_steps, args.method == "rdmd"
+    call = f'image = pipe("{prompts[0]}", num_inference_steps={steps}, guidance_scale=1).images[0]'
+    legend = f"First row: {'; '.join(prompts[:8])}."
+    imports = f"from diffusers import {family}\n" + "from diffusers.utils import load_image\n" * translates
+    made = "a translator of one step" if translates else f"{steps} steps"
+    if translates:
+        call = (
+            f'image = pipe("{prompts[0]}", image=load_image("picture.png"), strength={1 / steps:g}, num_inference_steps={steps}, '
+            f"guidance_scale=1).images[0]  # a picture of {args.resolution} pixels"
+        )
+        legend = f"First row the pictures, second row their translations: {'; '.join(prompts)}."
     description = (
-        f"`{Path(args.pretrained_teacher_model).name}` distilled to {args.num_denoising_steps} steps by {method} with "
+        f"`{Path(args.pretrained_teacher_model).name}` distilled to {made} by {method} with "
         f"`training/train_dmd.py`, {trainer.step:,} steps of the student on {trainer.global_batch_size} samples each. Guidance "
         f"of {args.real_guidance_scale:g} is part of the weights: `guidance_scale=1`.{adapter if args.use_lora else ''}\n\n"
-        f"![samples](samples.png)\n\nFirst row: {'; '.join(prompts[:8])}.\n\n"
-        "```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f'pipe = StableDiffusionPipeline.from_pretrained("{args.hub_model_id or Path(args.output_dir).name}")\n'
-        f'image = pipe("{prompts[0]}", num_inference_steps={args.num_denoising_steps}, guidance_scale=1).images[0]\n```'
+        f"![samples](samples.png)\n\n{legend}\n\n"
+        f"```python\n{imports}\n"
+        f'pipe = {family}.from_pretrained("{args.hub_model_id or Path(args.output_dir).name}")\n'
+        f"{call}\n```"
     )
-    tags = ["diffusers", "text-to-image", "stable-diffusion", "dmd", "diffusers-ext", *(["lora"] * args.use_lora)]
+    task = "image-to-image" if translates else "text-to-image"
+    tags = ["diffusers", task, "stable-diffusion", args.method, "diffusers-ext", *(["lora"] * args.use_lora)]
     write_card(folder, Path(args.output_dir).name, description, args, tags)
 
 

@@ -36,12 +36,14 @@ class Player:
         learning_rate: Full learning rate; the schedule is the same for all players.
         turns: Optimiser steps a round, 1 or more.
         averaged: Whether a moving average of it is kept and exported.
+        after_turn: Called after each of its optimiser steps, e.g. to move weights; the same on all processes.
     """
 
     names: frozenset[str]
     learning_rate: float
     turns: int = 1
     averaged: bool = False
+    after_turn: Callable[[], None] | None = None
 
 
 def player_of(module: nn.Module, prefix: str, learning_rate: float, turns: int = 1, averaged: bool = False) -> Player:
@@ -150,6 +152,8 @@ class AlternatingTrainer(Trainer):
         self.accelerator.clip_grad_norm_(own, self.args.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if player.after_turn:
+            player.after_turn()
         return total
 
     def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -40,7 +40,7 @@ _DEFINING = (
     "objects", "vendors", "resolution", "prediction_type", "window_length", "context_length", "ladder_curriculum",
     "method", "pretrained_teacher_model", "use_lora", "lora_rank", "w_min", "w_max", "num_ddim_timesteps", "fake_update_ratio",
     "fake_learning_rate", "num_denoising_steps", "backward_simulation", "real_guidance_scale", "gan_weight", "divergence",
-    "discriminator_weight", "ratio_bins", "longest_schedule", "fake_pull",
+    "discriminator_weight", "ratio_bins", "longest_schedule", "fake_pull", "transport_lambda", "source_data_dir",
     "num_trajectories", "trajectory_steps",
     "num_pairs", "teacher_steps", "teacher_guidance_scale", "inverted_share", "time_density", "time_base", "normalize_loss", "high_pass",
     "huber_c", "denoising_weight", "distance", "start_levels", "end_levels", "noise_coupling", "timestep_scaling_factor",

@@ -58,6 +58,23 @@ def dynamic_schedule(steps: int, generator: torch.Generator, inner: tuple[float,
     return torch.cat([torch.ones(1), drawn.sort(descending=True).values, torch.zeros(1)])
 
 
+def covering_range(levels: torch.Tensor, inner: tuple[float, float] = INNER_RANGE) -> tuple[float, float]:
+    """The range of inner levels, widened so that a sampler's are within.
+
+    Args:
+        levels: Falling levels of the sampler (steps + 1,), in [0, 1]; the first and the last are no inner ones.
+        inner: The range to widen.
+
+    Example:
+        >>> covering_range(torch.tensor([1.0, 0.5, 0.125, 0.0]))
+        (0.125, 0.95)
+    """
+    if levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"levels has shape {tuple(levels.shape)}; give (steps + 1,) with one step or more")
+    between = levels[1:-1].tolist()
+    return min([inner[0], *between]), max([inner[1], *between])
+
+
 def clamp_sigma(sigma: torch.Tensor) -> torch.Tensor:
     """Levels kept within [0.02, 0.98], where neither the sample nor the noise is lost."""
     return sigma.clamp(*SIGMA_RANGE)

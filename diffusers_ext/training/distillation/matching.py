@@ -10,6 +10,7 @@ network with two LoRA adapters. The head of the discriminator reads the bottlene
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,7 +18,8 @@ from torch import nn
 
 from ..adapters import SharedBase
 from ..alternating import Player
-from .dmd import dmd_gradient, few_step_timesteps, surrogate_loss
+from .checks import check_range
+from .dmd import dmd_gradient, few_step_timesteps, surrogate_loss, transport_cost
 from .f_divergence import DensityRatioWeights
 from .gan import DiscriminatorHead, captured, discriminator_loss, generator_loss
 from .lcm import guided
@@ -90,8 +92,17 @@ class MatchingNetworks(nn.Module):
                 torch.manual_seed(seed)
                 self.head = DiscriminatorHead(teacher.unet.config.block_out_channels[-1]).to(teacher.unet.device)
 
-    def players(self, learning_rate: float, fake_learning_rate: float, fake_update_ratio: int) -> dict[str, Player]:
-        """Who learns what, in the order of a round."""
+    def players(
+        self, learning_rate: float, fake_learning_rate: float, fake_update_ratio: int, fake_pull: float = 0.0
+    ) -> dict[str, Player]:
+        """Who learns what, in the order of a round.
+
+        Args:
+            learning_rate: Of the student.
+            fake_learning_rate: Of fake score and discriminator.
+            fake_update_ratio: Steps of the fake score for one of the student.
+            fake_pull: Share of the way to the student that the fake score goes after each of its steps, in [0, 1].
+        """
         trainable = [name for name, value in self.named_parameters() if value.requires_grad]
         if self.base:
             # the network has two names here, of which torch lists the first
@@ -100,20 +111,43 @@ class MatchingNetworks(nn.Module):
             own = frozenset(name for name in trainable if name.startswith("student."))
         others = frozenset(trainable) - own
         return {
-            FAKE: Player(others, fake_learning_rate, turns=fake_update_ratio),
+            FAKE: Player(
+                others,
+                fake_learning_rate,
+                turns=fake_update_ratio,
+                after_turn=partial(self.pull_fake, fake_pull) if fake_pull else None,
+            ),
             STUDENT: Player(own, learning_rate, averaged=True),
         }
+
+    @torch.no_grad()
+    def pull_fake(self, share: float) -> None:
+        """Moves the weights of the fake score towards the student's, fake + share (student - fake); of a LoRA both factors."""
+        check_range("fake_pull", share, 0.0, 1.0)
+        if self.base:
+            named = dict(self.base.network.named_parameters())
+            pairs = [
+                (named[name.replace(f".{STUDENT}.", f".{FAKE}.")], named[name])
+                for name in sorted(self.base.parameter_names(STUDENT))
+            ]
+        else:
+            pairs = list(zip(self.fake.parameters(), self.student.parameters(), strict=True))
+        for fake, student in pairs:
+            fake.lerp_(student, share)
 
     def active(self, name: str) -> AbstractContextManager[None]:
         """A context in which the shared network is the student or the fake score."""
         return self.base.using(name) if self.base else nullcontext()
 
+    def predict(self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        """The student's prediction, in float32."""
+        with self.active(STUDENT):
+            return self.student(sample, timesteps, words).sample.float()
+
     def clean(self, sample: torch.Tensor, timestep: int, words: torch.Tensor) -> torch.Tensor:
         """The student's clean latents for noisy ones at one timestep."""
         timesteps = torch.full((len(sample),), timestep, device=sample.device)
-        with self.active(STUDENT):
-            prediction = self.student(sample, timesteps, words).sample
-        return self.schedule.clean(prediction.float(), sample, timesteps)
+        return self.schedule.clean(self.predict(sample, timesteps, words), sample, timesteps)
 
     def judge(
         self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor
@@ -151,6 +185,7 @@ def student_loss(
     guidance_scale: float = 1.0,
     gan_weight: float = 0.0,
     weights: DensityRatioWeights | None = None,
+    transport_lambda: float = 0.0,
 ) -> torch.Tensor:
     """Loss of the student; its value tells how far teacher and fake score are apart.
 
@@ -161,9 +196,12 @@ def student_loss(
         guidance_scale: Classifier-free guidance of the teacher, which the student learns to have built in.
         gan_weight: Weight of the adversarial loss, 0 or more; needs a discriminator.
         weights: Of an f-divergence; `None` is reverse KL. Needs a discriminator.
+        transport_lambda: Weight of the cost of moving `real`, from which the path starts, to the student's samples, 0 or more.
     """
     if networks.head is None and (gan_weight or weights):
         raise ValueError("gan_weight and weights need a discriminator; make MatchingNetworks with gan=True")
+    if transport_lambda and batch.real is None:
+        raise ValueError("transport_lambda needs the latents that are moved; give real")
     schedule = networks.schedule
     low, high = (int(share * schedule.num_train_timesteps) for share in TIMESTEP_SHARE)
     timesteps = (low + batch.uniform * (high - low)).long()
@@ -184,6 +222,8 @@ def student_loss(
         weight=weight,
     )
     loss = surrogate_loss(clean, gradient)
+    if batch.real is not None and transport_lambda:
+        loss = loss + transport_lambda * transport_cost(batch.real, clean).mean()
     return loss + gan_weight * generator_loss(logits) if gan_weight and logits is not None else loss
 
 
