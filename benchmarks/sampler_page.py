@@ -29,6 +29,7 @@ SHOWN = (
 DRAWN = {
     "AdaptiveAdams karras": "#c0392b", "AdaptiveAdams exponential": "#e67e22", "GHVB 4, 0.5 karras": "#8e44ad",
     "DPM++ 2M karras": "#2980b9", "UniPC 2 karras": "#16a085", "DEIS 3 karras": "#7f8c8d", "LMS 4 karras": "#2c3e50",
+    "DDIM karras": "#f1c40f",
 }  # fmt: skip
 NEVER = "–"
 
