@@ -35,11 +35,12 @@ reference/index
 models/index
 ```
 """
-CARD = re.compile(r"\]\(\.\./(?:pipelines/)?([\w-]+)/README\.md(#[\w-]+)?\)")
+CARD = re.compile(r"\]\((?:\.\./)+(?:pipelines/|schedulers/)?([\w-]+)/README\.md(#[\w-]+)?\)")
 
 
 def site_links(app: Any, name: str, source: list[str]) -> None:
-    """Links to the cards of models, and to the page of the training scripts, lead to the copies that the site has, and the first page gets a table of contents.
+    """Links to the cards of models and schedulers, and to the page of the training scripts, lead to the copies that the site has, and the
+    first page gets a table of contents.
 
     Both would be out of place in the files themselves, which are read as they are where the code is.
     """
@@ -50,19 +51,21 @@ def site_links(app: Any, name: str, source: list[str]) -> None:
 
 
 def copy_cards(app: Any) -> None:
-    """Writes the models' cards, without their front matter, where `site_links` leads."""
-    root = Path(app.srcdir).parent / "pipelines"
+    """Writes the cards of models and schedulers, without their front matter, where `site_links` leads."""
+    root = Path(app.srcdir).parent
     folder = Path(app.srcdir) / "models"
     folder.mkdir(exist_ok=True)
-    for card in sorted(root.glob("*/README.md")):
+    cards = [card for kind in ("pipelines", "schedulers") for card in sorted((root / kind).glob("*/README.md"))]
+    for card in cards:
         text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(encoding="utf-8"), flags=re.DOTALL)
         for picture in card.parent.glob("*.png"):
             (folder / f"{card.parent.name}-{picture.name}").write_bytes(picture.read_bytes())
         text = re.sub(r"!\[([^\]]*)\]\(([\w-]+\.png)\)", rf"![\1]({card.parent.name}-\2)", text)
+        text = text.replace("](../../docs/", "](../")
         (folder / f"{card.parent.name}.md").write_text(text.lstrip(), encoding="utf-8")
-    training = (root.parent / "training" / "README.md").read_text(encoding="utf-8")
+    training = (root / "training" / "README.md").read_text(encoding="utf-8")
     (folder / "training.md").write_text(training.replace("](../docs/", "](../"), encoding="utf-8")
-    names = "\n".join(sorted(card.parent.name for card in root.glob("*/README.md")))
+    names = "\n".join(card.parent.name for card in cards)
     (folder / "index.md").write_text(f"# Models\n\n```{{toctree}}\n{names}\n```\n", encoding="utf-8")
 
 

@@ -38,7 +38,7 @@ from .velocity_sign import VELOCITIES, VelocitySignMixin, check_flow, is_of_flow
 class FlowChefPixelPipeline(CheckedLoadingMixin, VelocitySignMixin, DiffusionPipeline):
     """Samples pictures from a flow model of pixels, and inpaints, restores and guides with it.
 
-    It loads from the repositories of `DDPMPipeline`s whose network is a flow.
+    It loads from the repositories of a `DDPMPipeline` whose network is a flow.
 
     Args:
         unet ([`UNet2DModel`]): Predicts the velocity from pixels in [-1, 1] and the timestep, and the class where it was trained on
