@@ -19,7 +19,7 @@ from .data import DEMO_OBJECTS, EmojiScenes, Scenes
 from .hub import load_pipeline, native_size, resolve_model
 from .imaging import to_pil, to_tensor
 from .metrics import psnr
-from .reports import save_image, versions, write_json
+from .reports import check_output_folder, save_image, versions, write_json
 from .sheets import Tile, contact_sheet
 
 
@@ -87,9 +87,7 @@ def run_demo(
         ValueError: If `output` is a file, or a word of a scene is unknown.
         OSError: If there is no such model, or the folder cannot be written.
     """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output={str(output)!r} is a file; name a folder")
+    folder = check_output_folder(output)
     resolved = resolve_model(model)
     pipe = load_pipeline(GuideAndRescalePipeline, resolved, device=device)
     pipe.set_progress_bar_config(disable=True)
@@ -141,24 +139,14 @@ def describe(world: EmojiScenes, scene: DemoScene) -> tuple[Scenes, Scenes]:
     Raises:
         ValueError: If a word is unknown.
     """
-    names = {
-        "object": world.object_names,
-        "colour": world.colour_names,
-        "background": world.background_names,
-        "pattern": world.pattern_names,
-    }
-
-    def number(label: str, word: str) -> torch.Tensor:
-        if word not in names[label]:
-            raise ValueError(f"{label}={word!r} is not drawn here; use one of {', '.join(names[label])}")
-        return torch.tensor([names[label].index(word)])
-
     drawn = world.sample(1, seed=scene.seed, split="all")
-    source = drawn.replace(**{label: number(label, word) for label, word in scene.labels.items()})
+    source = drawn.replace(
+        **{label: torch.tensor([world.number(label, word)]) for label, word in scene.labels.items()}
+    )
     target = source[torch.zeros(len(scene.edits), dtype=torch.long)]
     for i, (label, word) in enumerate(scene.edits):
         values = getattr(target, label).clone()
-        values[i] = number(label, word)
+        values[i] = world.number(label, word)
         target = target.replace(**{label: values})
     return source, target
 

@@ -21,7 +21,7 @@ from .data.photographs import packaged_crops
 from .hub import RESTORATION_MODEL_NAME, load_pipeline, resolve_model
 from .imaging import to_pil, to_tensor
 from .metrics import psnr
-from .reports import save_image, versions, write_json
+from .reports import check_output_folder, save_image, versions, write_json
 from .schedulers import MRScheduler
 from .sheets import Tile, contact_sheet
 
@@ -83,9 +83,7 @@ def run_restoration_demo(
         ValueError: If `output` is a file.
         OSError: If there is no such model, or the folder cannot be written.
     """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output={str(output)!r} is a file; name a folder")
+    folder = check_output_folder(output)
     resolved = resolve_model(model, RESTORATION_MODEL_NAME)
     pipe = load_pipeline(MRRestorationPipeline, resolved, device=device)
     pipe.set_progress_bar_config(disable=True)

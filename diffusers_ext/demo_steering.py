@@ -21,7 +21,7 @@ from .data import DEMO_OBJECTS, EmojiScenes, Scenes
 from .hub import FLOW_MODEL_NAME, load_pipeline, native_size, resolve_model
 from .imaging import to_pil, to_tensor
 from .metrics import psnr
-from .reports import save_image, versions, write_json
+from .reports import check_output_folder, save_image, versions, write_json
 from .sheets import PAPER, Tile, contact_sheet
 from .steering import GaussianBlur, SuperResolution
 from .steering_tasks import EDIT_GUIDANCE_SCALE, GUIDANCE_SCALE, task_arguments
@@ -88,9 +88,7 @@ def run_steering_demo(
         ValueError: If `output` is a file, or a word of a scene is unknown.
         OSError: If there is no such model, or the folder cannot be written.
     """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output={str(output)!r} is a file; name a folder")
+    folder = check_output_folder(output)
     resolved = resolve_model(model, FLOW_MODEL_NAME)
     pipe = load_pipeline(FlowChefPipeline, resolved, device=device)
     pipe.set_progress_bar_config(disable=True)
@@ -178,7 +176,4 @@ def _problem(
 
 
 def _edited(world: EmojiScenes, source: Scenes, label: str, word: str) -> Scenes:
-    known = getattr(world, f"{label}_names")
-    if word not in known:
-        raise ValueError(f"{label}={word!r} is not drawn here; use one of {', '.join(known)}")
-    return source.replace(**{label: torch.tensor([known.index(word)])})
+    return source.replace(**{label: torch.tensor([world.number(label, word)])})

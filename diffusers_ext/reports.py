@@ -50,6 +50,14 @@ def check_image_suffix(path: Path, name: str = "path") -> None:
         raise ValueError(f"{name}={str(path)!r} has {found}; give a name that ends in {', '.join(IMAGE_SUFFIXES)}")
 
 
+def check_output_folder(output: str | os.PathLike[str]) -> Path:
+    """The folder that a command writes into, which need not be there; a ValueError if it is a file."""
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output={str(output)!r} is a file; name a folder")
+    return folder
+
+
 def write_json(content: dict[str, Any], path: str | os.PathLike[str]) -> Path:
     """Writes a JSON file.
 

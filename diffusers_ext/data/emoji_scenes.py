@@ -156,6 +156,21 @@ class EmojiScenes:
             self.object_names, self.colour_names, self.background_names, coloured, native_colour
         )
 
+    def number(self, label: str, word: str) -> int:
+        """The number that stands for a word in `Scenes`.
+
+        Args:
+            label (`str`): `"object"`, `"colour"`, `"background"`, `"pattern"` or `"vendor"`.
+            word (`str`): One of its words.
+
+        Raises:
+            ValueError: If the word is not drawn here.
+        """
+        known = getattr(self, f"{label}_names")
+        if word not in known:
+            raise ValueError(f"{label}={word!r} is not drawn here; use one of {', '.join(known)}")
+        return known.index(word)
+
     def sample(self, n: int, seed: int = 0, split: str = "train") -> Scenes:
         """n scenes, a pure function of (n, seed, split).
 
