@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch.func import functional_call
 
 from diffusers_ext.training.arguments import (
@@ -41,7 +40,7 @@ from diffusers_ext.training.distillation.stable_diffusion import (
     few_step_scheduler,
     save_student,
 )
-from diffusers_ext.training.export import finish_run, picture_grid, write_card
+from diffusers_ext.training.export import finish_run, sample_sheet, write_card
 from diffusers_ext.training.latents import make_latents
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, make_accelerator
@@ -187,18 +186,14 @@ def main(args: argparse.Namespace) -> None:
     # only a full copy by lcm is told the guidance
     guidance_scale = 1.0 + 0.5 * (args.w_min + args.w_max) if args.method == "lcm" and not args.use_lora else 1.0
 
-    def sample(pipeline: StableDiffusionPipeline) -> torch.Tensor:
-        return pipeline(
-            prompts, num_inference_steps=args.num_inference_steps, guidance_scale=guidance_scale,
-            generator=stream(args.seed, 0, "validation-samples"), output_type="pt",
-            height=args.resolution, width=args.resolution,
-        ).images  # fmt: skip
-
     def validate(step: int) -> tuple[dict[str, float], Any]:
         loss = loss_of(trainer.module, fixed)
         with student.active():
-            pictures = sample(teacher.student_pipeline(student.unet, scheduler))
-        return {"validation_loss": float(loss)}, picture_grid(pictures * 2.0 - 1.0, columns=min(8, len(prompts)))
+            sheet = sample_sheet(
+                teacher.student_pipeline(student.unet, scheduler), prompts, args.seed, guidance_scale=guidance_scale,
+                num_inference_steps=args.num_inference_steps, height=args.resolution, width=args.resolution,
+            )  # fmt: skip
+        return {"validation_loss": float(loss)}, sheet
 
     trainer.fit(make_batches, loss_of, validate)
     metrics = trainer.validate(validate)

@@ -11,8 +11,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffusers_ext.training.alternating import AlternatingTrainer
 from diffusers_ext.training.arguments import (
     add_data_arguments,
@@ -30,9 +28,9 @@ from diffusers_ext.training.distillation.f_divergence import F_DIVERGENCES, Dens
 from diffusers_ext.training.distillation.matching import FAKE, MatchingNetworks
 from diffusers_ext.training.distillation.matching_methods import make_matching_method
 from diffusers_ext.training.distillation.stable_diffusion import STUDENT, Teacher, save_student
-from diffusers_ext.training.export import finish_run, picture_grid, write_card
+from diffusers_ext.training.export import finish_run, sample_sheet, write_card
 from diffusers_ext.training.latents import FreshLatents, make_latents
-from diffusers_ext.training.streams import stream, stream_seed
+from diffusers_ext.training.streams import stream_seed
 from diffusers_ext.training.trainer import make_accelerator
 
 
@@ -197,12 +195,11 @@ def main(args: argparse.Namespace) -> None:
 
     def validate(step: int) -> tuple[dict[str, float], Any]:
         with networks.active(STUDENT):
-            made = teacher.student_pipeline(networks.student, method.scheduler, method.family)(
-                prompts, num_inference_steps=args.num_denoising_steps, guidance_scale=1.0, output_type="pt",
-                generator=stream(args.seed, 0, "validation-samples"), **keywords,
-            ).images  # fmt: skip
-        shown = torch.cat([keywords["image"], made]) if translated else made
-        return {}, picture_grid(shown * 2.0 - 1.0, columns=min(8, len(prompts)))
+            sheet = sample_sheet(
+                teacher.student_pipeline(networks.student, method.scheduler, method.family), prompts, args.seed,
+                keywords.get("image"), num_inference_steps=args.num_denoising_steps, guidance_scale=1.0, **keywords,
+            )  # fmt: skip
+        return {}, sheet
 
     trainer.fit(make_batches, losses, validate)
     trainer.validate(validate)

@@ -24,8 +24,8 @@ from diffusers_ext.training.data import make_source
 from diffusers_ext.training.distillation.guidance import relative_error
 from diffusers_ext.training.distillation.guided_points import GuidanceStudent, PointBatch, make_points
 from diffusers_ext.training.distillation.stable_diffusion import Teacher
-from diffusers_ext.training.export import finish_run, picture_grid, save_pipeline, write_card
-from diffusers_ext.training.streams import epoch_rows, stream
+from diffusers_ext.training.export import finish_run, sample_sheet, save_pipeline, write_card
+from diffusers_ext.training.streams import epoch_rows
 from diffusers_ext.training.trainer import Trainer, make_accelerator
 
 
@@ -108,11 +108,12 @@ def main(args: argparse.Namespace) -> None:
     def validate(step: int) -> tuple[dict[str, float], Any]:
         error = error_of(trainer.module, held_out)
         with student.active():
-            pictures = teacher.student_pipeline(student.unet, teacher.pipeline.scheduler)(
-                prompts, num_inference_steps=args.trajectory_steps, guidance_scale=scale, output_type="pt",
-                generator=stream(args.seed, 0, "validation-samples"), height=args.resolution, width=args.resolution,
-            ).images  # fmt: skip
-        return {"relative_error": error}, picture_grid(pictures * 2.0 - 1.0, columns=min(8, len(prompts)))
+            sheet = sample_sheet(
+                teacher.student_pipeline(student.unet, teacher.pipeline.scheduler), prompts, args.seed,
+                num_inference_steps=args.trajectory_steps, guidance_scale=scale, height=args.resolution,
+                width=args.resolution,
+            )  # fmt: skip
+        return {"relative_error": error}, sheet
 
     trainer.fit(make_batches, loss_of, validate)
     metrics = trainer.validate(validate)

@@ -33,7 +33,7 @@ from diffusers_ext.training.distillation.flow_pairs import (
 )
 from diffusers_ext.training.distillation.reflow import exponential_times, interpolate, reflow_loss
 from diffusers_ext.training.distillation.stable_diffusion import DistilledUNet, Teacher, save_student
-from diffusers_ext.training.export import finish_run, picture_grid, write_card
+from diffusers_ext.training.export import finish_run, sample_sheet, write_card
 from diffusers_ext.training.objectives import stratified_uniform
 from diffusers_ext.training.streams import stream
 from diffusers_ext.training.trainer import Trainer, make_accelerator
@@ -144,11 +144,11 @@ def main(args: argparse.Namespace) -> None:
             train_timesteps,
         )  # fmt: skip
         with student.active():
-            pictures = teacher.student_pipeline(student.unet, scheduler)(
-                prompts, num_inference_steps=args.num_inference_steps, guidance_scale=1.0, output_type="pt",
-                generator=stream(args.seed, 0, "validation-samples"), height=args.resolution, width=args.resolution,
-            ).images  # fmt: skip
-        return metrics, picture_grid(pictures * 2.0 - 1.0, columns=min(8, len(prompts)))
+            sheet = sample_sheet(
+                teacher.student_pipeline(student.unet, scheduler), prompts, args.seed, guidance_scale=1.0,
+                num_inference_steps=args.num_inference_steps, height=args.resolution, width=args.resolution,
+            )  # fmt: skip
+        return metrics, sheet
 
     trainer.fit(make_batches, loss_of, validate)
     after = trainer.validate(validate)

@@ -26,7 +26,7 @@ from diffusers_ext.training.arguments import (
 )
 from diffusers_ext.training.coupling import COUPLINGS, couple, draw_noise
 from diffusers_ext.training.data import make_source
-from diffusers_ext.training.export import finish_run, picture_grid, save_pipeline, write_card
+from diffusers_ext.training.export import finish_run, sample_sheet, save_pipeline, write_card
 from diffusers_ext.training.latents import encoder_of, make_latents
 from diffusers_ext.training.objectives import (
     PREDICTION_TYPES,
@@ -174,12 +174,10 @@ def main(args: argparse.Namespace) -> None:
 
     def validate(step: int) -> tuple[dict[str, float], Any]:
         losses = [loss_of(trainer.module, [part[rows] for part in fixed]) for rows in slices]
-        pictures = pipeline(
-            list(prompts), num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale,
-            generator=stream(args.seed, 0, "validation-samples"), output_type="pt",
-        ).images  # fmt: skip
-        grid = picture_grid(pictures * 2.0 - 1.0, columns=min(8, len(prompts)))
-        return {"validation_loss": float(torch.stack(losses).mean())}, grid
+        sheet = sample_sheet(
+            pipeline, prompts, args.seed, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale
+        )  # fmt: skip
+        return {"validation_loss": float(torch.stack(losses).mean())}, sheet
 
     trainer.fit(make_batches, loss_of, validate)
     metrics = trainer.validate(validate)

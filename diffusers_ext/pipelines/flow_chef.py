@@ -28,6 +28,7 @@ from .inputs import (
     OUTPUT_TYPES,
     check_finite,
     check_size,
+    check_something_kept,
     check_step_callback,
     checked_choice,
     checked_number,
@@ -261,11 +262,7 @@ class FlowChefMixin:
         repainted = images_to_tensor(steering.mask_image, height, width, name="mask_image").mean(1, keepdim=True) > 0
         # A latent is kept only where no pixel of it is to be painted.
         free = functional.max_pool2d(repainted.float(), self.vae_scale_factor)
-        if bool(free.flatten(1).all(1).any()):
-            raise ValueError(
-                "mask_image leaves nothing of a picture to be kept; make it black (0) where the picture shall stay, or call "
-                "without image and mask_image"
-            )
+        check_something_kept(1 - free)
         call["height"], call["width"] = height, width
         noise_std = 0.0 if steering.noise_std is None else float(steering.noise_std)
         keep, latents = (

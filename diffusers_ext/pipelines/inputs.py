@@ -175,6 +175,15 @@ def images_to_tensor(
     return torch.cat([_scaled(tensor, height, width) for tensor in tensors])
 
 
+def check_something_kept(keep: torch.Tensor) -> None:
+    """Raises a `ValueError` if a mask (batch, 1, height, width), 1 where a picture is kept, keeps nothing of one."""
+    if not bool(keep.flatten(1).any(1).all()):
+        raise ValueError(
+            "mask_image leaves nothing of a picture to be kept; make it black (0) where the picture shall stay, or call "
+            "without image and mask_image"
+        )
+
+
 def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
     """Extends pictures on the right and below until a network's scale factors divide their size.
 

@@ -25,6 +25,7 @@ from .flow_chef import Steering, check_settings
 from .inputs import (
     OUTPUT_TYPES,
     check_finite,
+    check_something_kept,
     check_step_callback,
     checked_choice,
     checked_steps,
@@ -241,11 +242,7 @@ class FlowChefPixelPipeline(CheckedLoadingMixin, VelocitySignMixin, DiffusionPip
                     f"mask_image has {len(masks)} entries for {count} pictures; give one of each, or one for all"
                 )
             keep = 1 - (masks.mean(1, keepdim=True) > 0).float()
-            if not bool(keep.flatten(1).any(1).all()):
-                raise ValueError(
-                    "mask_image leaves nothing of a picture to be kept; make it black (0) where the picture shall stay, or call "
-                    "without image and mask_image"
-                )
+            check_something_kept(keep)
             noise_std = 0.0 if steering.noise_std is None else float(steering.noise_std)
             parts = (keep.to(self._execution_device), pixels.to(self._execution_device))
             return LatentMaskObjective(*parts, noise_std), count

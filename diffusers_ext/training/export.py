@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
 
 from .arguments import recorded
+from .streams import stream
 from .trainer import Trainer
 
 
@@ -135,6 +136,25 @@ def picture_grid(images: torch.Tensor, columns: int) -> Image.Image:
     sheet[:n] = pixels
     sheet = sheet.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
     return Image.fromarray(sheet)
+
+
+def sample_sheet(
+    pipeline: Any, prompts: Sequence[str], seed: int, given: torch.Tensor | None = None, **arguments: Any
+) -> Image.Image:
+    """A sheet of what a pipeline makes of prompts, from the same noise at every validation.
+
+    Args:
+        pipeline: One that takes prompts.
+        prompts: A picture each.
+        seed: Seed of the run.
+        given: Pictures (n, 3, H, W) in [0, 1] to show above, if they are what the samples are made of.
+        arguments: Of the call.
+    """
+    made = pipeline(
+        list(prompts), generator=stream(seed, 0, "validation-samples"), output_type="pt", **arguments
+    ).images
+    shown = made if given is None else torch.cat([given, made])
+    return picture_grid(shown * 2.0 - 1.0, columns=min(8, len(prompts)))
 
 
 def write_card(folder: Path, title: str, description: str, args: Namespace, tags: list[str], **front: Any) -> None:

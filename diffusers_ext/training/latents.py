@@ -85,10 +85,7 @@ class CachedLatents:
             atomic_write(file, save({"latents": torch.cat(parts).contiguous()}))
             logger.info("encoded %d pictures in %.0f s", length, time.monotonic() - began)
         accelerator.wait_for_everyone()
-        try:
-            self._latents = load(file.read_bytes())["latents"]
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{file} is damaged; remove it to encode the pictures again") from error
+        self._latents = read_kept(file, "encode the pictures again", "latents")["latents"]
         if len(self._latents) != length:
             raise ValueError(
                 f"{file} holds {len(self._latents)} latents, not {length}; remove it to encode them again"
@@ -119,6 +116,27 @@ def make_latents(
     )}  # fmt: skip
     file = Path(args.output_dir) / cache_name(vae, **settings)
     return CachedLatents(source, encode, args.cache_latents, args.seed, file, accelerator)
+
+
+def read_kept(file: Path, cure: str, *names: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file that a run has made for itself and keeps.
+
+    Args:
+        file: A safetensors file.
+        cure: What its removal leads to, for the message.
+        names: Tensors that it must hold.
+
+    Raises:
+        ValueError: If it cannot be read or does not hold them.
+        OSError: If it is not there.
+    """
+    try:
+        tensors = load(file.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged; remove it to {cure}") from error
+    if missing := set(names) - tensors.keys():
+        raise ValueError(f"{file} is damaged, it holds no {', '.join(sorted(missing))}; remove it to {cure}")
+    return tensors
 
 
 def encoder_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -20,12 +20,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from ...integrity import atomic_write
 from ..data import Source
-from ..latents import digest_name
+from ..latents import digest_name, read_kept
 from ..streams import epoch_rows, stream
 from .checks import check_range, check_same_shape
 from .lcm import guided
@@ -307,10 +306,7 @@ class FlowPairs:
             logger.info("simulated %d pairs in %.0f s", total - first, time.monotonic() - began)
 
     def _read(self, file: Path, names: tuple[str, ...], length: int | None = None) -> dict[str, torch.Tensor]:
-        try:
-            tensors = load(file.read_bytes())
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged; remove it to simulate the pairs again") from error
+        tensors = read_kept(file, "simulate the pairs again")
         lengths = {len(tensors[name]) if name in tensors and tensors[name].ndim else None for name in names}
         if None in lengths or (length is not None and lengths != {length}):
             raise ValueError(

@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from ...integrity import atomic_write
 from ..data import Source
-from ..latents import digest_name
+from ..latents import digest_name, read_kept
 from ..objectives import stratified_uniform
 from ..streams import stream
 from .checks import check_levels, check_range
@@ -151,10 +150,7 @@ class GuidedPoints:
             "sample": shape, "guided": shape, "timesteps": (points,), "scale": (len(scale),),
             "input_ids": tuple(input_ids.shape),
         }  # fmt: skip
-        try:
-            self._runs = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged; remove it to sample the guided runs again") from error
+        self._runs = read_kept(file, "sample the guided runs again")
         found = {name: tuple(value.shape) for name, value in self._runs.items()}
         if found != wanted:
             odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))[0]
