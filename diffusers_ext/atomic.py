@@ -325,6 +325,25 @@ def _remove_leftovers(parent: Path, name: str) -> None:
             _remove_own(path)
 
 
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Removes files that killed processes of this machine had not finished writing into a folder; see [`atomic_write`].
+
+    Call it before this process writes into the folder: what carries its own number is of an earlier process that had the same.
+
+    Args:
+        folder (`str` or `os.PathLike`): A folder that exists. Folders in it are not looked into.
+
+    Raises:
+        OSError: If it cannot be read, or a file not be removed.
+    """
+    for path in Path(folder).iterdir():
+        match = _OWN.fullmatch(path.name)
+        if match is None or f".{_host()}-{match['pid']}-" not in path.name or path.is_dir() or path.is_symlink():
+            continue
+        if int(match["pid"]) == os.getpid() or not _is_running(int(match["pid"])):
+            _unlink(path)
+
+
 def _remove_own(path: Path) -> None:
     """The only place where a folder with content is removed: one whose name only this module gives."""
     if not _OWN.fullmatch(path.name):
