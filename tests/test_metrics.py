@@ -7,6 +7,7 @@ import torch
 from diffusers_ext.metrics import (
     COCO_MEANS,
     COCO_STANDARD_DEVIATIONS,
+    frechet_distance,
     gmsd,
     magnitude_score,
     psnr,
@@ -147,3 +148,29 @@ def test_gmsd_is_zero_for_equal_pictures_and_grows_with_blur():
     assert bool((gmsd(more, reference) > gmsd(less, reference)).all() and (gmsd(less, reference) > 0.01).all())
     with pytest.raises(ValueError, match="give three channels"):
         gmsd(reference[:, :1], reference[:, :1])
+
+
+def test_frechet_distance_is_that_of_scipy_s_matrix_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    generator = torch.Generator().manual_seed(5)
+    first = (
+        torch.randn(60, 4, generator=generator, dtype=torch.float64) @ torch.randn(4, 4, generator=generator).double()
+    )
+    second = torch.randn(90, 4, generator=generator, dtype=torch.float64) + 0.5
+    one, two = (np.cov(value.numpy(), rowvar=False) for value in (first, second))
+    moved = ((first.mean(0) - second.mean(0)) ** 2).sum().item()
+    expected = moved + np.trace(one + two - 2 * linalg.sqrtm(one @ two).real)
+    assert frechet_distance(first, second).item() == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(second, first).item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_one_dimension_is_that_of_means_and_deviations():
+    first, second = torch.tensor([[0.0], [2.0]]), torch.tensor([[5.0], [5.0]])
+    assert frechet_distance(first, second).item() == pytest.approx(16 + 2)
+    assert frechet_distance(first, first).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_frechet_distance_refuses_sets_that_do_not_fit():
+    for wrong in (torch.zeros(3, 2), torch.zeros(3, 3, 1), torch.zeros(1, 3)):
+        with pytest.raises(ValueError, match="features"):
+            frechet_distance(wrong, torch.zeros(4, 3))

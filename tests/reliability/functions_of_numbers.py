@@ -2,7 +2,7 @@
 
 import torch
 
-from diffusers_ext.metrics import gmsd, magnitude_score, psnr, sliced_wasserstein, ssim
+from diffusers_ext.metrics import frechet_distance, gmsd, magnitude_score, psnr, sliced_wasserstein, ssim
 from diffusers_ext.schedulers.adams_bashforth import ghvb_weights, stability_limit
 from diffusers_ext.sequence_metrics import jitter_ratio, power_spectrum, r_squared, seam_ratio, spectrum_error
 
@@ -93,6 +93,7 @@ FUNCTIONS_OF_NUMBERS: tuple[Function, ...] = (
         "projections": Argument(good=[1, 16], bad=[value for value in NOT_COUNTS if value not in (2**31, 10**30)]),
         "generator": Argument(good=[None, torch.Generator()], bad=[5, "x", [], object]),
     }),
+    Function("frechet_distance", frechet_distance, {"features": POINTS, "reference": POINTS}),
     Function("r_squared", r_squared, {"samples": SEQUENCES, "recording": RECORDINGS}),
     Function("jitter_ratio", jitter_ratio, {"samples": SEQUENCES, "recording": RECORDINGS}),
     Function("seam_ratio", seam_ratio, {
