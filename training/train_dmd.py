@@ -27,7 +27,7 @@ from diffusers_ext.training.data import FolderSource, make_source
 from diffusers_ext.training.distillation.f_divergence import F_DIVERGENCES, DensityRatioWeights
 from diffusers_ext.training.distillation.matching import FAKE, MatchingNetworks
 from diffusers_ext.training.distillation.matching_methods import make_matching_method
-from diffusers_ext.training.distillation.stable_diffusion import STUDENT, Teacher, save_student
+from diffusers_ext.training.distillation.stable_diffusion import STUDENT, Teacher, begin_at, save_student
 from diffusers_ext.training.export import finish_run, sample_sheet, write_card
 from diffusers_ext.training.latents import FreshLatents, make_latents
 from diffusers_ext.training.streams import stream_seed
@@ -74,6 +74,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--lora_rank", type=positive_int, default=64)
     group.add_argument(
+        "--pretrained_student_model",
+        help="Folder or Hub id of a pipeline whose UNet the student starts at. Default: the teacher.",
+    )
+    group.add_argument(
         "--num_denoising_steps", type=positive_int,
         help="Steps of the student, default 4. rdmd: the translator is the last of so many, default 2.",
     )  # fmt: skip
@@ -107,6 +111,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--export_dtype", choices=("fp32", "fp16"), default="fp32")
     args = check_arguments(parser, parser.parse_args(input_args))
     settle_options(parser, args, OPTIONS)
+    if args.pretrained_student_model and args.use_lora:
+        parser.error(
+            f"--pretrained_student_model {args.pretrained_student_model} needs weights of its own, which --use_lora does not train; leave "
+            f"one of them out"
+        )
     if args.method == "fdistill" and not args.gan_weight:
         parser.error("--method fdistill reads density ratios from the discriminator; give a --gan_weight above 0")
     if args.num_denoising_steps > 100:
@@ -144,6 +153,8 @@ def main(args: argparse.Namespace) -> None:
         teacher, args.num_denoising_steps, args.lora_rank if args.use_lora else None, bool(args.gan_weight),
         method.backward_simulation, args.seed,
     )  # fmt: skip
+    if args.pretrained_student_model:
+        begin_at(networks.student, args.pretrained_student_model)
     trainer = AlternatingTrainer(
         args, accelerator, networks,
         networks.players(args.learning_rate, args.fake_learning_rate, args.fake_update_ratio, args.fake_pull or 0.0),
@@ -155,7 +166,9 @@ def main(args: argparse.Namespace) -> None:
     if args.source_data_dir:
         # another seed, so that pictures do not go with captions of equal rows
         seed = stream_seed(args.seed, 0, "translated")
-        translated = FolderSource(args.source_data_dir, seed, args.resolution, args.image_column, None, device)
+        translated = FolderSource(
+            args.source_data_dir, seed, args.resolution, args.image_column, None, device, args.strict
+        )
     pictures = FreshLatents(translated, teacher.encode) if translated else data
     shape = (total, *teacher.encode(source.images(source.draw(0, 1, "held_out"))).shape[1:])
 

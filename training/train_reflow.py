@@ -32,7 +32,7 @@ from diffusers_ext.training.distillation.flow_pairs import (
     solver_levels,
 )
 from diffusers_ext.training.distillation.reflow import exponential_times, interpolate, reflow_loss
-from diffusers_ext.training.distillation.stable_diffusion import DistilledUNet, Teacher, save_student
+from diffusers_ext.training.distillation.stable_diffusion import DistilledUNet, Teacher, begin_at, save_student
 from diffusers_ext.training.export import finish_run, sample_sheet, write_card
 from diffusers_ext.training.objectives import stratified_uniform
 from diffusers_ext.training.streams import stream
@@ -62,6 +62,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("distillation")
     group.add_argument("--use_lora", action="store_true", help="Train a LoRA on the teacher, not a copy of it.")
     group.add_argument("--lora_rank", type=positive_int, default=64)
+    group.add_argument(
+        "--pretrained_student_model",
+        help="Folder or Hub id of a pipeline whose UNet the student starts at. Default: the teacher.",
+    )
     group.add_argument("--time_density", choices=("exponential", "uniform"), default="exponential")
     group.add_argument("--time_base", type=positive, default=10.0, help="exponential: noise is so much more frequent.")
     group.add_argument(
@@ -81,6 +85,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         )
     if args.time_base <= 1.0:
         parser.error(f"--time_base {args.time_base:g} must be above 1; for even times give --time_density uniform")
+    if args.pretrained_student_model and args.use_lora:
+        parser.error(
+            f"--pretrained_student_model {args.pretrained_student_model} needs weights of its own, which --use_lora does not train; leave "
+            f"one of them out"
+        )
     guided = args.teacher_guidance_scale != 1.0
     if args.inverted_share is None:
         args.inverted_share = 0.0 if guided else 0.05
@@ -106,6 +115,8 @@ def main(args: argparse.Namespace) -> None:
     latent_shape = teacher.encode(source.images(held_out[:1])).shape[1:]
     pairs = FlowPairs(args, source, teacher, scheduler, latent_shape)
     student = DistilledUNet(teacher, args.lora_rank if args.use_lora else None, None, args.seed)
+    if args.pretrained_student_model:
+        begin_at(student.unet, args.pretrained_student_model)
     # before the pairs, which take long: it may refuse to begin
     trainer = Trainer(args, accelerator, student)
     pairs.prepare(accelerator)

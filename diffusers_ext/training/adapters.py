@@ -124,20 +124,24 @@ class SharedBase:
         return {key: value.detach().contiguous() for key, value in state.items()}
 
     @torch.no_grad()
-    def merged_state_dict(self, name: str) -> dict[str, torch.Tensor]:
-        """Weights of a network without adapters that computes what this one does with the adapter `name`.
+    def merged_state_dict(self, name: str | None) -> dict[str, torch.Tensor]:
+        """Weights of a network without adapters that computes what this one does with an adapter, or with none.
+
+        Args:
+            name: An adapter; `None` for the frozen network itself.
 
         Raises:
             ValueError: For a name that is no adapter.
         """
-        self._check(name)
+        if name is not None:
+            self._check(name)
         merged = {
             key.replace(".base_layer.", "."): value.detach().clone()
             for key, value in self.network.state_dict().items()
             if ".lora_" not in key
         }
         for key, layer in self.network.named_modules():
-            if isinstance(layer, LoraLayer):
+            if name is not None and isinstance(layer, LoraLayer):
                 merged[f"{key}.weight"] += layer.get_delta_weight(name)  # type: ignore[attr-defined]
         return merged
 

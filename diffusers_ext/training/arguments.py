@@ -66,6 +66,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train_data_dir", help="Folder of pictures with metadata.jsonl, instead of --dataset_name.")
     group.add_argument("--image_column", default="file_name", help="Key of the picture's path in metadata.jsonl.")
     group.add_argument("--caption_column", default="text", help="Key of the caption in metadata.jsonl.")
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="Refuse a picture that cannot be read; default: leave it out with a warning.",
+    )
     group.add_argument("--vendors", nargs="+", metavar="NAME", help="emoji-scenes: hands to draw with.")
     group.add_argument(
         "--objects",

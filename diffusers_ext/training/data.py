@@ -5,10 +5,11 @@ A source answers three questions: which items belong to the global batch of a st
 """
 
 import json
+import logging
 import queue
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,13 @@ from ..data import EmojiScenes
 from ..data.sprites import SHEETS
 from ..data.words import BACKGROUNDS, OBJECT_COLOURS, OBJECTS, PATTERNS
 from ..imaging import open_image
+from .pictures import unreadable_pictures
 from .streams import epoch_rows, stream_seed
+
+
+logger = logging.getLogger(__name__)
+
+NAMED_PICTURES = 3  # of those that cannot be read, in a message
 
 
 class Source(Protocol):
@@ -83,8 +90,9 @@ class EmojiSource:
 class FolderSource:
     """A folder of pictures with `metadata.jsonl`, the layout that `datasets` calls imagefolder.
 
-    The pictures are resized (shorter side) and cropped to the centre. Every twentieth line is held out for validation
-    when there are 20 or more.
+    The pictures are resized (shorter side) and cropped to the centre. Every twentieth line is held out for
+    validation when there are 20 or more. Pictures that cannot be read are found once, here, and never drawn; the
+    others stay in their split. `unreadable_pictures` says what counts as readable: it is a look, not a decoding.
 
     Args:
         folder: Folder with `metadata.jsonl`.
@@ -93,9 +101,11 @@ class FolderSource:
         image_column: Key of the picture's path relative to the folder.
         caption_column: Key of the caption; `None` if captions are not needed.
         device: Where pictures are put.
+        strict: Whether a picture that cannot be read is an error, instead of a warning.
 
     Raises:
-        ValueError: If the metadata is missing, empty or lacks a column.
+        ValueError: If the metadata is missing, empty or lacks a column or a caption, no training picture can be
+            read, or, with `strict`, one cannot.
     """
 
     def __init__(
@@ -106,17 +116,44 @@ class FolderSource:
         image_column: str = "file_name",
         caption_column: str | None = "text",
         device: str | torch.device = "cpu",
+        strict: bool = False,
     ):
         self.folder = Path(folder)
         self.seed = seed
         self.resolution = resolution
         self.device = device
         self._files, self._texts = _read_metadata(self.folder, image_column, caption_column)
-        held_out = np.arange(len(self._files)) % 20 == 19
-        self._rows = {
-            "train": torch.from_numpy(np.flatnonzero(~held_out)),
-            "held_out": torch.from_numpy(np.flatnonzero(held_out if held_out.any() else ~held_out)),
-        }
+        self.unreadable = unreadable_pictures([self.folder / name for name in self._files])
+        if self.unreadable:
+            reasons = list(self.unreadable.values())
+            more = len(reasons) - NAMED_PICTURES
+            which = "; ".join(reasons[:NAMED_PICTURES]) + (f"; and {more} more" if more > 0 else "")
+            which = f"{len(reasons)} of {len(self._files)} pictures of {self.folder} cannot be read: {which}"
+            if strict:
+                raise ValueError(
+                    f"{which}. Repair them or remove their lines, or leave out --strict to train without them"
+                )
+            logger.warning("%s. They are left out; --strict makes this an error", which)
+        self.leave_out(self.unreadable)
+
+    def leave_out(self, rows: Iterable[int]) -> None:
+        """Draws none of these lines of the metadata (numbers from 0) from now on, besides those that cannot be read.
+
+        Raises:
+            ValueError: If no training picture is left.
+        """
+        lines = np.arange(len(self._files))
+        usable = ~np.isin(lines, [*self.unreadable, *rows])
+        held_out = lines % 20 == 19
+        train = np.flatnonzero(usable & ~held_out)
+        if not len(train):
+            first = next(iter(self.unreadable.values()), "each is left out")
+            raise ValueError(
+                f"train_data_dir={str(self.folder)!r} has no training picture that can be read, of {len(lines)} in "
+                f"its metadata.jsonl ({first}); check that its names are relative to the folder and the files whole"
+            )
+        kept = np.flatnonzero(usable & held_out)
+        self._rows = {"train": torch.from_numpy(train), "held_out": torch.from_numpy(kept if len(kept) else train)}
 
     def draw(self, step: int, count: int, split: str = "train") -> Any:
         rows = self._rows[split]
@@ -146,7 +183,9 @@ def make_source(args: Namespace, device: torch.device, captions: bool = True) ->
     """The source that `--dataset_name` or `--train_data_dir` names."""
     if args.train_data_dir:
         column = args.caption_column if captions else None
-        return FolderSource(args.train_data_dir, args.seed, args.resolution, args.image_column, column, device)
+        return FolderSource(
+            args.train_data_dir, args.seed, args.resolution, args.image_column, column, device, args.strict
+        )
     return EmojiSource(args.seed, args.resolution, args.vendors, args.objects, device)
 
 
@@ -162,15 +201,23 @@ def _read_metadata(folder: Path, image_column: str, caption_column: str | None) 
             continue
         try:
             entry = json.loads(line)
-            files.append(str(entry[image_column]))
-            texts.append(str(entry[caption_column]) if caption_column else "")
+            name, text = entry[image_column], entry[caption_column] if caption_column else ""
         except json.JSONDecodeError as error:
             raise ValueError(f"{index}, line {number} is not JSON: {error}") from error
         except (KeyError, TypeError) as error:
             found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
             raise ValueError(
-                f"{index}, line {number} has no column {error}; it has {found}: set image_column and caption_column"
+                f"{index}, line {number} has no column {error}; it has {found}: add it to that line, or set "
+                f"image_column and caption_column"
             ) from error
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{index}, line {number} names no picture: {image_column}={name!r}; give its path")
+        if caption_column and (not isinstance(text, str) or not text.strip()):
+            raise ValueError(
+                f"{index}, line {number} has no caption: {caption_column}={text!r}; write one, or remove the line"
+            )
+        files.append(name)
+        texts.append(text)
     if not files:
         raise ValueError(f"{index} is empty; write one line of JSON a picture there")
     return files, texts

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.hub_utils import MODEL_CARD_TEMPLATE_PATH, populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
+from safetensors import SafetensorError
 
 from .arguments import recorded
 from .streams import stream
@@ -34,6 +35,7 @@ RUN_FILES = (
     "latents-*",
     "pairs-*",
     "guided-*",
+    "accepted-*",
     ".*",
     ".*/**",
 )
@@ -67,8 +69,9 @@ def install_model(write: Callable[[Path], None], output_dir: str | os.PathLike[s
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, final)
-    except OSError as error:
-        raise OSError(f"the model could not be saved in {output_dir}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"the model could not be saved in {output_dir}: {reason}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -115,6 +118,11 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, dtype: str) -> None
         with tempfile.TemporaryDirectory(prefix=".full-", dir=folder) as full:
             pipeline.save_pretrained(full)
             type(pipeline).from_pretrained(full, dtype=torch.float16).save_pretrained(folder)
+    clean_configs(folder)
+
+
+def clean_configs(folder: Path) -> None:
+    """Takes from the configs below a folder what holds on this machine only, or for the type they were saved in."""
     for path in folder.glob("**/*.json"):
         if path.name in ("model_index.json", "config.json"):
             config = json.loads(path.read_text(encoding="utf-8"))

@@ -198,5 +198,9 @@ def make_pairs(args: Any, source: Source) -> RestorationPairs:
     """The pairs that the arguments of a run ask for."""
     degraded = None
     if args.degraded_column:
-        degraded = FolderSource(Path(args.train_data_dir), args.seed, args.resolution, args.degraded_column, None)
+        degraded = FolderSource(
+            Path(args.train_data_dir), args.seed, args.resolution, args.degraded_column, None, strict=args.strict
+        )
+        if isinstance(source, FolderSource):
+            source.leave_out(degraded.unreadable)
     return RestorationPairs(source, args.seed, args.degradations, degraded, args.photograph_share, args.resolution)

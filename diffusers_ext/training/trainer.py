@@ -5,9 +5,11 @@ learning rate is computed from the step, and global random state is seeded anew 
 nothing but tensors and a number, and continues bit for bit.
 """
 
+import io
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -19,14 +21,16 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from PIL import Image
 from torch import nn
 
+from ..integrity import atomic_write
 from .arguments import recorded
 from .checkpoints import CheckpointError, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from .data import prefetched
 from .ema import WeightAverage
+from .rates import learning_rate_factor
 from .streams import stream_seed
 
 
@@ -38,10 +42,11 @@ _DEFINING = (
     "seed", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "lr_scheduler",
     "lr_warmup_steps", "decay_fraction", "lr_end", "ema_decay", "mixed_precision", "dataset_name", "train_data_dir",
     "objects", "vendors", "resolution", "prediction_type", "window_length", "context_length", "ladder_curriculum",
-    "method", "pretrained_teacher_model", "use_lora", "lora_rank", "w_min", "w_max", "num_ddim_timesteps", "fake_update_ratio",
+    "method", "pretrained_teacher_model", "pretrained_student_model", "use_lora", "lora_rank", "w_min", "w_max", "num_ddim_timesteps", "fake_update_ratio",
     "fake_learning_rate", "num_denoising_steps", "backward_simulation", "real_guidance_scale", "gan_weight", "divergence",
     "discriminator_weight", "ratio_bins", "longest_schedule", "fake_pull", "transport_lambda", "source_data_dir",
-    "num_trajectories", "trajectory_steps",
+    "num_trajectories", "trajectory_steps", "reward", "num_prompts", "samples_per_prompt", "keep", "temperature",
+    "tuned_share", "proportion_empty_prompts",
     "num_pairs", "teacher_steps", "teacher_guidance_scale", "inverted_share", "time_density", "time_base", "normalize_loss", "high_pass",
     "huber_c", "denoising_weight", "distance", "start_levels", "end_levels", "noise_coupling", "timestep_scaling_factor",
 )  # fmt: skip
@@ -63,38 +68,38 @@ class Stateful(Protocol):
         """Takes over tensors saved from `state_dict`."""
 
 
-def learning_rate_factor(
-    step: int, total: int, kind: str = "linear", warmup: int = 0, decay_fraction: float = 1.0, end: float = 0.0
-) -> float:
-    """Factor of the learning rate at optimiser step `step`.
+# what `accelerate launch` sets for a config that asks for sharding
+_SHARDED = {
+    DistributedType.FSDP: "ACCELERATE_USE_FSDP",
+    DistributedType.DEEPSPEED: "ACCELERATE_USE_DEEPSPEED",
+    DistributedType.MEGATRON_LM: "ACCELERATE_USE_MEGATRON_LM",
+}
 
-    It rises linearly over the first `warmup` steps, stays at 1, and over the last `decay_fraction` of all steps falls to
-    `end`: not at all ("constant"), along a line ("linear") or half a cosine ("cosine").
 
-    Args:
-        step: Step counted from 0, below `total`.
-        total: Number of steps in all, 1 or more.
-        kind: "constant", "linear" or "cosine".
-        warmup: Steps of the rise, 0 or more.
-        decay_fraction: Share of the steps in which the rate falls, in [0, 1].
-        end: Factor that the fall ends at, in [0, 1].
+def refuse_sharding(kind: DistributedType) -> None:
+    """Raises `ValueError` for ways to train in which no process holds all weights and moments.
 
-    Returns:
-        A factor in [0, 1].
-
-    Example:
-        >>> [learning_rate_factor(step, 4, decay_fraction=0.5) for step in range(4)]
-        [1.0, 1.0, 1.0, 0.5]
+    Averages, checkpoints and validation read them on the main process alone, and would save a part as the whole or
+    wait for ever.
     """
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    length = decay_fraction * total
-    done = max(0.0, (step - (total - length)) / length) if length else 0.0
-    left = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[kind]
-    return rise * (end + (1.0 - end) * left)
+    if kind in _SHARDED:
+        raise ValueError(
+            f"distributed_type={kind.value} spreads weights or moments over processes, which these scripts do not "
+            f"gather; use data parallelism, training/configs/gpu_multi.yaml, and --use_lora or --mixed_precision bf16 "
+            f"if memory is short"
+        )
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """Sets up logging, threads and the Accelerator of a training script."""
+    """Sets up logging, threads and the Accelerator of a training script.
+
+    Raises:
+        ValueError: If the launcher's config asks for FSDP, DeepSpeed or Megatron-LM.
+    """
+    for kind, variable in _SHARDED.items():
+        # asked before the Accelerator is made: it wants DeepSpeed installed, and on a CPU drops FSDP without a word
+        if os.environ.get(variable, "false").lower() == "true":
+            refuse_sharding(kind)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for chatty in ("httpx", "huggingface_hub", "PIL"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -127,6 +132,7 @@ class Trainer:
     Raises:
         CheckpointError: If `args.resume_from_checkpoint` cannot be read or belongs to another network, or if it is not
             given and `args.output_dir` already holds checkpoints.
+        ValueError: If the accelerator shards.
     """
 
     # of the entries of what `_optimise` returns
@@ -139,6 +145,7 @@ class Trainer:
         module: nn.Module,
         states: Mapping[str, Stateful] | None = None,
     ):
+        refuse_sharding(accelerator.distributed_type)
         self.args = args
         self.accelerator = accelerator
         # the stubs of `Module.to` do not know memory_format
@@ -211,8 +218,9 @@ class Trainer:
             validate: From the step to metrics and a picture; called with the averaged weights in place.
 
         Raises:
-            TrainingDivergedError: If the loss is not finite. No checkpoint of such weights is ever written.
+            TrainingDivergedError: If a loss or weight is not finite. No checkpoint of such weights is ever written.
             CheckpointError: If a checkpoint cannot be written.
+            OSError: If the log or a validation picture cannot be written.
         """
         args = self.args
         if self.accelerator.log_with:
@@ -249,8 +257,10 @@ class Trainer:
                 metrics, picture = validate(self.step)
             self._record(metrics)
             if picture is not None:
+                data = io.BytesIO()
+                picture.save(data, "PNG")
                 self.samples_file.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(self.samples_file)
+                atomic_write(self.samples_file, data.getvalue())
         self.accelerator.wait_for_everyone()
         return metrics
 
@@ -300,22 +310,30 @@ class Trainer:
         rate = self.optimizer.param_groups[0]["lr"]
         for name, loss in zip(self.loss_names, means):
             if not math.isfinite(loss):
-                raise TrainingDivergedError(
-                    f"the {name} is {loss} at step {self.step}; resume from the last checkpoint with a smaller "
-                    f"learning_rate than {self.args.learning_rate} or a smaller max_grad_norm than "
-                    f"{self.args.max_grad_norm}"
-                )
+                raise self._diverged(f"the {name} is {loss}")
         speed = steps * self.global_batch_size / seconds
         self._record({**dict(zip(self.loss_names, means)), "learning_rate": rate, "images_per_second": speed})
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        return TrainingDivergedError(
+            f"{what} at step {self.step}; resume from the last checkpoint with a smaller learning_rate than "
+            f"{self.args.learning_rate} or a smaller max_grad_norm than {self.args.max_grad_norm}"
+        )
 
     def _record(self, entry: dict[str, float]) -> None:
         if not self.accelerator.is_main_process:
             return
         logger.info("step %d: %s", self.step, ", ".join(f"{name} {value:.5g}" for name, value in entry.items()))
         path = Path(self.args.output_dir) / LOG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **entry}) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **entry}) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{path} cannot be written: {error.strerror}; the run can be resumed from its last checkpoint once "
+                f"this is cured"
+            ) from error
         self.accelerator.log(entry, step=self.step)
 
     def _should_stop(self, seconds: float) -> bool:
@@ -340,6 +358,10 @@ class Trainer:
             signal.signal(signal.SIGTERM, before)
 
     def _save(self, seconds: float) -> None:
+        # a gradient may be no number although the loss is one; the loss would only tell after this checkpoint
+        odd = [name for name, value in self._named.items() if not bool(torch.isfinite(value).all())]
+        if odd:
+            raise self._diverged(f"the weights are not finite ({odd[0]} and {len(odd) - 1} others)")
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.optimizer
             moments = {

@@ -1,8 +1,15 @@
+import hashlib
 import importlib.util
 import json
+import os
+import resource
+import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from diffusers_ext.training.autoencoding import new_autoencoder
+from diffusers_ext.training.checkpoints import list_checkpoints
 from diffusers_ext.training.text_to_image import assemble, new_text_encoder, new_unet
 from diffusers_ext.training.tokenizer import train_tokenizer
 
@@ -43,6 +51,48 @@ def log_entries(output_dir: Path) -> list[dict]:
 
 def losses(output_dir: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in log_entries(output_dir) if "loss" in entry}
+
+
+def exported_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of all tensors in the last checkpoint, and of the exported UNet."""
+    newest = list_checkpoints(folder)[-1][1]
+    files = [*sorted(newest.glob("*.safetensors")), folder / "unet" / "diffusion_pytorch_model.safetensors"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def start(script: Path, arguments: list[str], config: Path | None = None) -> subprocess.Popen:
+    """A script in a process of its own, or with an Accelerate config in several."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    launcher = (
+        ["-m", "accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0"] if config else []
+    )
+    command = [sys.executable, *launcher, str(script), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def killed_after(entries: int, script: Path, arguments: list[str], output_dir: Path) -> None:
+    """Starts a run with `--logging_steps=1` and kills it, with no chance to clean up, when it has logged so much."""
+    process = start(script, [*arguments, f"--output_dir={output_dir}"])
+    log, deadline = output_dir / "log.jsonl", time.monotonic() + 200
+    while not (log.is_file() and log.read_text().count("\n") > entries):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk that takes no file larger than `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +160,28 @@ def train(text_to_image_arguments: list[str], tmp_path: Path) -> Callable[..., P
         output_dir = tmp_path / name
         script.main(script.parse_args([*text_to_image_arguments, f"--output_dir={output_dir}", *arguments]))
         return output_dir
+
+    return run
+
+
+@pytest.fixture
+def dmd_arguments(teachers: dict[str, Path], picture_folder: Path) -> list[str]:
+    return [
+        f"--pretrained_teacher_model={teachers['v_prediction']}", f"--train_data_dir={picture_folder}",
+        "--resolution=16", "--max_train_steps=2",
+        "--train_batch_size=2", "--num_threads=1", "--report_to=none", "--lr_warmup_steps=0", "--lora_rank=2",
+        "--validation_prompts", "a red square", "--num_denoising_steps=2", "--fake_update_ratio=2",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def train_dmd(dmd_arguments: list[str], tmp_path: Path) -> Callable[..., Path]:
+    """Runs train_dmd.py in this process and returns its folder."""
+    script = load_script("train_dmd")
+
+    def run(name: str, *more: str) -> Path:
+        script.main(script.parse_args([*dmd_arguments, f"--output_dir={tmp_path / name}", *more]))
+        return tmp_path / name
 
     return run
 

@@ -39,7 +39,8 @@ def step(base: SharedBase, name: str) -> None:
 
 
 def test_new_adapters_change_nothing():
-    before = predict(tiny_unet())
+    # a convolution without gradients may be another kernel, whose last bits differ
+    before = predict(tiny_unet().requires_grad_(False))
     base = SharedBase(tiny_unet(), ["student", "fake"], rank=2)
     assert torch.equal(before, predict(base.network)), "no adapter is at work outside of `using`"
     for name in ("student", "fake"):

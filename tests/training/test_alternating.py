@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from diffusers_ext.training.alternating import AlternatingTrainer, Player, player_of
@@ -189,6 +190,16 @@ def test_a_loss_that_is_not_finite_is_named(settings: Settings):
 
     with pytest.raises(TrainingDivergedError, match="the fake_loss is nan at step 1; resume from the last checkpoint"):
         train(settings(max_train_steps=2), {"student": student_loss, "fake": exploding})
+
+
+def test_two_networks_under_a_sharded_optimiser_are_refused(settings: Settings):
+    pair = Pair()
+    players = {name: player_of(pair, name, 1e-3, averaged=True) for name in ("student", "fake")}
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(
+            ValueError, match=f"distributed_type={kind.value} spreads weights or moments over processes"
+        ):
+            AlternatingTrainer(settings(), Namespace(distributed_type=kind), pair, players)
 
 
 def test_players_that_do_not_fit_the_module_are_refused(settings: Settings):

@@ -2,11 +2,8 @@ import errno
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,8 @@ from diffusers_ext.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+
+from .conftest import largest_file
 
 
 def contents(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
@@ -37,19 +36,6 @@ def damage(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """A disk that takes no file larger than `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path):

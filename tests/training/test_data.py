@@ -47,6 +47,14 @@ def test_pictures_are_resized_by_their_shorter_side_and_cropped_to_the_centre(tm
         ("{", "line 1 is not JSON"),
         ('{"file_name": "a.png", "text": "a"}\n{"file": "a.png"}', "line 2 has no column 'file_name'; it has file"),
         ("[]", "line 1 has no column"),
+        (
+            '{"file_name": "a.png", "text": "a"}\n\n{"file_name": "b.png"}',
+            "metadata.jsonl, line 3 has no column 'text'",
+        ),
+        ('{"file_name": "a.png", "text": null}', "line 1 has no caption: text=None; write one, or remove the line"),
+        ('{"file_name": "a.png", "text": " "}', "line 1 has no caption: text=' '; write one, or remove the line"),
+        ('{"file_name": "a.png", "text": ["a"]}', r"line 1 has no caption: text=\['a'\]; write one"),
+        ('{"file_name": null, "text": "a"}', "line 1 names no picture: file_name=None; give its path"),
     ],
 )
 def test_faulty_metadata_is_named_with_its_line(tmp_path: Path, lines: str | None, message: str):
@@ -54,6 +62,15 @@ def test_faulty_metadata_is_named_with_its_line(tmp_path: Path, lines: str | Non
         (tmp_path / "metadata.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=message):
         FolderSource(tmp_path, seed=0)
+
+
+def test_captions_that_are_not_asked_for_may_be_missing(picture_folder: Path, tmp_path: Path):
+    lines = [json.dumps({"file_name": f"{i}.png"}) for i in range(3)]
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes((picture_folder / f"{i}.png").read_bytes())
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    source = FolderSource(tmp_path, seed=0, resolution=16, caption_column=None)
+    assert source.captions(source.draw(0, 2)) == ["", ""]
 
 
 def test_emoji_scenes_of_a_step_are_always_the_same_and_never_those_of_another():

@@ -5,8 +5,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
 from diffusers_ext.training import export
+
+from .conftest import largest_file
 
 
 def write_parts(text: str):
@@ -46,6 +49,26 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, er
     assert (tmp_path / "unet" / "weights").read_text() == "one"
 
 
+@pytest.mark.reliability
+def test_a_disk_that_is_too_full_for_the_weights_leaves_the_model_before(tmp_path: Path):
+    def weights(value: float, size: int):
+        def write(folder: Path) -> None:
+            save_file({"weight": torch.full((size,), value)}, folder / "weights.safetensors")
+            (folder / "model_index.json").write_text("{}")
+
+        return write
+
+    export.install_model(weights(1.0, 10), tmp_path)
+    # safetensors has an error of its own for it
+    with (
+        largest_file(50_000),
+        pytest.raises(OSError, match=f"the model could not be saved in {tmp_path}: .*too large"),
+    ):
+        export.install_model(weights(2.0, 100_000), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_index.json", "weights.safetensors"]
+    assert load_file(tmp_path / "weights.safetensors")["weight"].tolist() == [1.0] * 10
+
+
 def test_an_output_folder_that_is_a_file_is_named(tmp_path: Path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(OSError, match="the model could not be saved in .*taken"):
@@ -78,7 +101,8 @@ def test_only_the_model_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert calls["repo_id"] == "me/my-model" and calls["token"] == "token"
     present = [
         "README.md", "model_index.json", "samples.png", "unet/config.json", "checkpoint-5/model.safetensors", "log.jsonl",
-        "logs/training/events", "latents-0a.safetensors", "samples/step-1.png", ".model-x/unet/config.json",
+        "logs/training/events", "latents-0a.safetensors", "accepted-0a.safetensors", "samples/step-1.png",
+        ".model-x/unet/config.json",
     ]  # fmt: skip
     sent = list(filter_repo_objects(present, ignore_patterns=calls["ignore_patterns"]))
     assert sent == ["README.md", "model_index.json", "samples.png", "unet/config.json"]

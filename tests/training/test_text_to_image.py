@@ -1,10 +1,4 @@
-import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,20 +10,12 @@ from safetensors.torch import load_file
 from diffusers_ext.training.checkpoints import list_checkpoints
 from diffusers_ext.training.text_to_image import new_unet
 
-from .conftest import SCRIPTS, losses
+from .conftest import SCRIPTS, exported_digests, killed_after, losses, start
 
 
-SCRIPT = str(SCRIPTS / "train_text_to_image.py")
+SCRIPT = SCRIPTS / "train_text_to_image.py"
 CONFIGS = SCRIPTS / "configs"
 Train = Callable[..., Path]
-
-
-def weights_digest(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weights and their average in the last checkpoint, and of the exported UNet."""
-    newest = list_checkpoints(folder)[-1][1]
-    files = [newest / "model.safetensors", newest / "ema.safetensors", newest / "optimizer.safetensors"]
-    files.append(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
@@ -102,7 +88,7 @@ def test_a_trained_pipeline_can_be_trained_further(train: Train):
 )
 def test_options_of_the_objective_change_the_training_and_nothing_else(train: Train, option: list[str]):
     plain, other = train("plain", "--max_train_steps=2"), train("other", "--max_train_steps=2", *option)
-    assert weights_digest(plain) != weights_digest(other)
+    assert exported_digests(plain) != exported_digests(other)
     assert (
         load_file(plain / "checkpoint-2/model.safetensors").keys()
         == load_file(other / "checkpoint-2/model.safetensors").keys()
@@ -158,29 +144,16 @@ def test_widths_that_do_not_fit_are_named():
         new_unet((16,), 4, 8, 16)
 
 
-def start(arguments: list[str], *launcher: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launcher, SCRIPT, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 @pytest.mark.reliability
 def test_a_killed_and_resumed_run_has_the_bits_of_an_uninterrupted_one(
     train: Train, text_to_image_arguments: list[str], tmp_path: Path
 ):
     common = ["--max_train_steps=60", "--checkpointing_steps=8", "--logging_steps=1", "--validation_steps=20"]
     killed = tmp_path / "killed"
-    process = start([*text_to_image_arguments, *common, f"--output_dir={killed}"])
-    log, deadline = killed / "log.jsonl", time.monotonic() + 200
-    while not (log.is_file() and log.read_text().count("\n") > 25):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed_after(25, SCRIPT, [*text_to_image_arguments, *common], killed)
     assert 0 < list_checkpoints(killed)[-1][0] < 60 and not (killed / "model_index.json").exists()
 
-    assert weights_digest(train("killed", *common, "--resume_from_checkpoint=latest")) == weights_digest(
+    assert exported_digests(train("killed", *common, "--resume_from_checkpoint=latest")) == exported_digests(
         train("whole", *common)
     )
 
@@ -189,13 +162,8 @@ def test_a_killed_and_resumed_run_has_the_bits_of_an_uninterrupted_one(
 def test_two_processes_train_on_the_batch_of_one(train: Train, text_to_image_arguments: list[str], tmp_path: Path):
     common = ["--max_train_steps=3", "--logging_steps=1", "--validation_steps=0"]
     folder = tmp_path / "two"
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        f"--config_file={CONFIGS / 'cpu_2_gloo.yaml'}",
-        "--main_process_port=0",
-    ]
-    process = start([*text_to_image_arguments, *common, "--train_batch_size=4", f"--output_dir={folder}"], *launcher)
+    options = [*text_to_image_arguments, *common, "--train_batch_size=4", f"--output_dir={folder}"]
+    process = start(SCRIPT, options, CONFIGS / "cpu_2_gloo.yaml")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
 

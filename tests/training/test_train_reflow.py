@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 
 from diffusers_ext.training.checkpoints import list_checkpoints
@@ -123,6 +128,22 @@ def test_the_lora_file_on_the_teacher_gives_the_pictures_of_the_merged_pipeline(
     assert not torch.allclose(picture(merged), untrained, atol=1e-3)
     trained = load_file(folder / "checkpoint-3" / "model.safetensors")
     assert all(".lora_" in name for name in trained), "only the adapter is trained and saved"
+
+
+def test_a_student_begins_at_the_weights_of_an_earlier_one(train: Train, teachers: dict[str, Path], tmp_path: Path):
+    first = train("first", "--learning_rate=1e-2")
+    second = train("second", "--learning_rate=1e-12", f"--pretrained_student_model={first}")
+    begun, reached = (load_file(folder / WEIGHTS) for folder in (first, second))
+    teacher = load_file(teachers["flow"] / WEIGHTS)
+    assert all(torch.allclose(begun[name], reached[name], atol=1e-6) for name in begun)
+    assert any(not torch.allclose(teacher[name], reached[name], atol=1e-4) for name in begun), "not at the teacher"
+    unet = UNet2DConditionModel.from_pretrained(first, subfolder="unet")
+    other = UNet2DConditionModel.from_config({**unet.config, "in_channels": 5})
+    other.save_pretrained(tmp_path / "other" / "unet")
+    with pytest.raises(
+        ValueError, match=r"has conv_in.weight of shape .*; give a student that was made of this teacher"
+    ):
+        train("third", f"--pretrained_student_model={tmp_path / 'other'}")
 
 
 @pytest.mark.parametrize(
@@ -428,6 +449,7 @@ def test_training_straightens_the_paths_and_keeps_their_ends(train: Train, teach
         (["--time_base=1"], "--time_base 1 must be above 1; for even times give --time_density uniform"),
         (["--inverted_share=0.1"], "--inverted_share 0.1 needs --teacher_guidance_scale 1"),
         (["--time_density=cosh"], "invalid choice: 'cosh'"),
+        (["--use_lora", "--pretrained_student_model=x"], "--pretrained_student_model x needs weights of its own"),
     ],
 )
 def test_a_wrong_argument_is_answered_in_one_sentence(train: Train, capsys, arguments: list[str], message: str):

@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from PIL import Image
 from torch import nn
 
 from diffusers_ext.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
 from diffusers_ext.training.data import prefetched
 from diffusers_ext.training.ema import WeightAverage
+from diffusers_ext.training.rates import learning_rate_factor
 from diffusers_ext.training.streams import stream
-from diffusers_ext.training.trainer import Trainer, TrainingDivergedError, learning_rate_factor
+from diffusers_ext.training.trainer import Trainer, TrainingDivergedError, make_accelerator
 
-from .conftest import losses
+from .conftest import largest_file, losses
 
 
 Settings = Callable[..., Namespace]
@@ -192,6 +195,85 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(settings: Set
     with pytest.raises(TrainingDivergedError, match="the loss is nan at step 8; resume from the last checkpoint"):
         fit(args, exploding)
     assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [4]
+
+
+def test_weights_that_are_not_finite_are_not_saved_even_if_the_loss_was(settings: Settings, tmp_path: Path):
+    def sharp(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        sharp.calls += 1
+        # the root of 0 is 0, and its slope is no number
+        return loss_of(model, x) + (model.line.weight * (sharp.calls != 8)).sum().square().sqrt()
+
+    sharp.calls = 0
+    with pytest.raises(
+        TrainingDivergedError, match=r"the weights are not finite \(line.weight and 1 others\) at step 8"
+    ):
+        fit(settings(max_train_steps=12, checkpointing_steps=4, logging_steps=100), sharp)
+    assert [step for step, _ in list_checkpoints(tmp_path / "run")] == [4]
+    assert all(
+        bool(torch.isfinite(value).all())
+        for value in load_checkpoint(tmp_path / "run" / "checkpoint-4")[0]["model"].values()
+    )
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_the_run_ends_as_if_it_had_never_been(
+    settings: Settings, tmp_path: Path, caplog
+):
+    common = {"max_train_steps": 12, "checkpointing_steps": 4}
+    whole = fit(settings(output_dir=str(tmp_path / "whole"), **common))
+    fit(settings(output_dir=str(tmp_path / "parts"), **common))
+    newest = tmp_path / "parts" / "checkpoint-12"
+    (newest / "optimizer.safetensors").write_bytes((newest / "optimizer.safetensors").read_bytes()[:100])
+    (tmp_path / "parts" / ".checkpoint-16.somewhere-1-00000000000000ff.tmp").mkdir()
+    resumed = fit(settings(output_dir=str(tmp_path / "parts"), **common, resume_from_checkpoint="latest"))
+    assert "checkpoint-12 is passed over" in caplog.text
+    assert torch.equal(whole.module.line.weight, resumed.module.line.weight)
+    assert load_checkpoint(newest)[1]["step"] == 12, "it is complete now"
+
+
+@pytest.mark.reliability
+def test_a_disk_that_fills_up_during_a_run_loses_nothing_that_was_saved(settings: Settings, tmp_path: Path):
+    common = {"max_train_steps": 8, "checkpointing_steps": 4, "logging_steps": 100}
+    whole = fit(settings(output_dir=str(tmp_path / "whole"), **common))
+
+    def filling(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        filling.calls += 1
+        if filling.calls == 6:
+            full.__enter__()
+        return loss_of(model, x)
+
+    filling.calls, full = 0, largest_file(100)
+    with pytest.raises(OSError, match="can be resumed from (its last|the) checkpoint (before )?once this is cured"):
+        try:
+            fit(settings(output_dir=str(tmp_path / "full"), **common), filling)
+        finally:
+            full.__exit__(None, None, None)
+    assert [path.name for path in (tmp_path / "full").iterdir() if path.name != "log.jsonl"] == ["checkpoint-4"]
+    resumed = fit(settings(output_dir=str(tmp_path / "full"), **common, resume_from_checkpoint="latest"))
+    assert torch.equal(whole.module.line.weight, resumed.module.line.weight)
+
+
+def test_a_log_and_a_picture_that_cannot_be_written_are_named(settings: Settings, tmp_path: Path):
+    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    with pytest.raises(
+        OSError, match=r"log.jsonl cannot be written: Is a directory; the run can be resumed from its last"
+    ):
+        fit(settings(max_train_steps=2))
+    trainer = Trainer(settings(output_dir=str(tmp_path / "other")), Accelerator(cpu=True), Line())
+    sheet = Image.frombytes("RGB", (64, 64), os.urandom(64 * 64 * 3))
+    with largest_file(5000), pytest.raises(OSError, match=r"step-0000000.png cannot be saved: File too large"):
+        trainer.validate(lambda step: ({}, sheet))
+    assert list((tmp_path / "other" / "samples").iterdir()) == [], "no half of it is left"
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_sharded_training_is_refused_before_anything_is_made(settings: Settings, monkeypatch, kind: DistributedType):
+    message = f"distributed_type={kind.value} spreads weights or moments over processes.*use data parallelism"
+    with pytest.raises(ValueError, match=message):
+        Trainer(settings(), Namespace(distributed_type=kind), Line())
+    # what the launcher sets
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.value}", "true")
+    with pytest.raises(ValueError, match=message):
+        make_accelerator(settings())
 
 
 def test_every_logged_loss_is_a_mean_over_its_steps(settings: Settings, tmp_path: Path):

@@ -12,7 +12,6 @@ import copy
 import hashlib
 import logging
 import math
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +19,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler
-from safetensors.torch import save
 
-from ...integrity import atomic_write
 from ..data import Source
 from ..latents import digest_name, read_kept
+from ..parts import make_in_parts
 from ..streams import epoch_rows, stream
 from .checks import check_range, check_same_shape
 from .lcm import guided
@@ -275,41 +273,18 @@ class FlowPairs:
         return torch.stack([clean, noise], 1).half()
 
     def _simulate(self, accelerator: Accelerator) -> None:
-        unfinished = self.file.with_name(f".{self.file.stem}.unfinished")
-        parts = [self._read(unfinished, ("pairs",))["pairs"]] if unfinished.is_file() else []
-        accelerator.wait_for_everyone()
-        done = first = sum(map(len, parts))
-        total = len(self.input_ids)
-        began = saved = time.monotonic()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        while done < total:
-            end = self.length if done < self.length else total
-            size = min(PAIR_BATCH, -(-(end - done) // accelerator.num_processes))
-            rows = done + accelerator.process_index * size + torch.arange(size)
-            made = accelerator.gather(self._pairs(rows.clamp(max=end - 1)))[: end - done].cpu()
-            if not bool(torch.isfinite(made).all()):
-                raise ValueError(
-                    "the teacher's samples are not finite; lower teacher_guidance_scale, or try the teacher in its pipeline"
-                )
-            parts.append(made)
-            done += len(made)
-            if accelerator.is_main_process and time.monotonic() - saved > SAVE_SECONDS and done < total:
-                atomic_write(unfinished, save({"pairs": torch.cat(parts)}))
-                saved = time.monotonic()
-                left = (saved - began) / (done - first) * (total - done)
-                logger.info("%d of %d pairs, about %.0f s more", done, total, left)
-        if accelerator.is_main_process:
-            clean, noise = torch.cat(parts).unbind(1)
-            tensors = {"clean": clean.contiguous(), "noise": noise.contiguous(), "input_ids": self.input_ids}
-            atomic_write(self.file, save(tensors))
-            unfinished.unlink(missing_ok=True)
-            logger.info("simulated %d pairs in %.0f s", total - first, time.monotonic() - began)
+        def finish(made: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            clean, noise = made["pairs"].unbind(1)
+            return {"clean": clean, "noise": noise, "input_ids": self.input_ids}
 
-    def _read(self, file: Path, names: tuple[str, ...], length: int | None = None) -> dict[str, torch.Tensor]:
+        make_in_parts(
+            self.file, lambda rows: {"pairs": self._pairs(rows)}, finish, (self.length, len(self.input_ids)),
+            accelerator, what="pairs", size=PAIR_BATCH, save_seconds=SAVE_SECONDS,
+        )  # fmt: skip
+
+    def _read(self, file: Path, names: tuple[str, ...], length: int) -> dict[str, torch.Tensor]:
         tensors = read_kept(file, "simulate the pairs again")
         lengths = {len(tensors[name]) if name in tensors and tensors[name].ndim else None for name in names}
-        if None in lengths or (length is not None and lengths != {length}):
-            raise ValueError(
-                f"{file} does not hold {length or 'the'} pairs of this run; remove it to simulate them again"
-            )
+        if lengths != {length}:
+            raise ValueError(f"{file} does not hold {length} pairs of this run; remove it to simulate them again")
         return tensors

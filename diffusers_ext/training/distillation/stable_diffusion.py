@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, LCMScheduler, SchedulerMixin, StableDif
 from torch import nn
 
 from ..adapters import SharedBase
-from ..export import save_pipeline
+from ..export import clean_configs, save_pipeline
 from ..latents import encoder_of
 from ..text_to_image import token_ids
 from .lcm import guidance_embedding
@@ -152,8 +152,32 @@ class DistilledUNet(nn.Module):
         return merged_unet(self.base, STUDENT) if self.base else self.unet
 
 
-def merged_unet(base: SharedBase, name: str) -> UNet2DConditionModel:
-    """A stock UNet with the adapter `name` merged into its weights."""
+def begin_at(unet: UNet2DConditionModel, name: str) -> None:
+    """Copies the weights of another pipeline's UNet into one of the same architecture, to train it further.
+
+    Args:
+        unet: Is changed.
+        name: Folder or Hub id of the pipeline, such as the output of an earlier run.
+
+    Raises:
+        ValueError: If its UNet is another network.
+        OSError: If it cannot be found or read.
+    """
+    begun = UNet2DConditionModel.from_pretrained(
+        name, subfolder="unet", use_safetensors=True, torch_dtype=torch.float32
+    )
+    given, wanted = ({key: value.shape for key, value in net.state_dict().items()} for net in (begun, unet))
+    if given != wanted:
+        odd = sorted(key for key in given.keys() | wanted.keys() if given.get(key) != wanted.get(key))[0]
+        raise ValueError(
+            f"pretrained_student_model={name!r} has {odd} of shape {given.get(odd)}, and the teacher of shape {wanted.get(odd)}; give a "
+            f"student that was made of this teacher"
+        )
+    unet.load_state_dict(begun.state_dict())
+
+
+def merged_unet(base: SharedBase, name: str | None) -> UNet2DConditionModel:
+    """A stock UNet with the adapter `name` merged into its weights, with `None` the network below the adapters."""
     unet = UNet2DConditionModel.from_config(base.network.config)
     unet.load_state_dict(base.merged_state_dict(name))
     return unet.to(next(base.network.parameters()).device)
@@ -189,6 +213,22 @@ def save_student(
     save_pipeline(teacher.student_pipeline(student.plain_unet(), scheduler, family), folder, dtype)
     if student.base:
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=student.base.state_dict(STUDENT))
+
+
+def save_base_unet(teacher: Teacher, student: Student, folder: Path, dtype: str) -> None:
+    """Writes the teacher's UNet beside the student's, into `base_unet/`, which stock loading does not look at.
+
+    Args:
+        teacher: The frozen teacher.
+        student: Made of it; an adapter on it is left out.
+        folder: Folder of the student.
+        dtype: "fp32" or "fp16".
+    """
+    unet = merged_unet(student.base, None) if student.base else deepcopy(teacher.unet)
+    if dtype == "fp16":
+        unet.half()
+    unet.save_pretrained(folder / "base_unet")
+    clean_configs(folder / "base_unet")
 
 
 def few_step_scheduler(teacher: Teacher, num_ddim_timesteps: int, timestep_scaling: float) -> LCMScheduler:
