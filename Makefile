@@ -24,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         pictures edited by words, restored and steered, in $(DEMO_DIR)/ (offline after the install)"
+	@echo "make demo         pictures edited by words, restored, steered and drawn in one step, in $(DEMO_DIR)/ (offline after the install)"
 	@echo "make test         format, lint, types, doc snippets and the fast tests"
 	@echo "make quality      the first four of those;  make style  formats and fixes"
 	@echo "make bench        the measurements in benchmarks/, but for motion.py, pie_bench.py and speech.py, which need data"
@@ -75,6 +75,7 @@ docs: $(DEV)
 	$(PY) -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 	$(VENV)/bin/diffusers-ext demo --output $(DEMO_DIR)
 	cp $(DEMO_DIR)/sheet.png docs/images/demo.png
+	cp $(DEMO_DIR)/distillation.png docs/images/distillation.png
 
 data: $(DEV)
 	$(PY) -m training.data.build_emoji_scenes

@@ -124,4 +124,7 @@ def _panel(panel: Panel, colours: Mapping[str, str]) -> list[str]:
             f"{x_at(column):.1f},{y_at(panel.scaled(line[column])):.1f}" for column in panel.columns if column in line
         )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
+        if " " not in points:  # a line of one point shows nothing
+            x, y = points.split(",")
+            parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colours[name]}"/>')
     return parts

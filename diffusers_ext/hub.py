@@ -46,7 +46,9 @@ class ModelFamilyError(ValueError):
     """A model of another family than the pipeline can use."""
 
 
-def resolve_model(model: str | os.PathLike[str] | None = None, default: str = DEFAULT_MODEL_NAME) -> str:
+def resolve_model(
+    model: str | os.PathLike[str] | None = None, default: str = DEFAULT_MODEL_NAME, *, index: str = INDEX_NAME
+) -> str:
     """Turns what a user typed into a folder or a Hub id.
 
     Args:
@@ -56,9 +58,11 @@ def resolve_model(model: str | os.PathLike[str] | None = None, default: str = DE
         default (`str`, *optional*, defaults to `"emoji-scenes-64"`):
             Name of that model, a folder in `pipelines/`. For the demo model the environment variable `DIFFUSERS_EXT_MODEL`
             goes first.
+        index (`str`, *optional*, defaults to `"model_index.json"`):
+            File that tells such a folder; `"config.json"` for a network alone.
 
     Returns:
-        `str`: The path of an existing folder that holds a `model_index.json`, or a Hub id.
+        `str`: The path of an existing folder that holds this file, or a Hub id.
 
     Raises:
         ModelNotFoundError: If it is meant as a folder and there is none, or it holds no pipeline.
@@ -66,7 +70,7 @@ def resolve_model(model: str | os.PathLike[str] | None = None, default: str = DE
     """
     if model is None:
         chosen = os.environ.get(MODEL_VARIABLE) if default == DEFAULT_MODEL_NAME else None
-        model = chosen or _checkout_model(default) or f"diffusers-ext/{default}"
+        model = chosen or _checkout_model(default, index) or f"diffusers-ext/{default}"
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model={model!r} is of type {type(model).__name__}; give a folder or a Hub id")
     text = os.fspath(model)
@@ -75,11 +79,12 @@ def resolve_model(model: str | os.PathLike[str] | None = None, default: str = DE
     path = Path(text).expanduser()
     # Those of `os.path` answer False for a name that no file system takes; those of `Path` raise.
     if os.path.isdir(path):
-        if not (path / INDEX_NAME).is_file():
-            raise ModelNotFoundError(f"the folder {text} holds no pipeline: {INDEX_NAME} is missing")
+        if not (path / index).is_file():
+            what = "pipeline" if index == INDEX_NAME else "network"
+            raise ModelNotFoundError(f"the folder {text} holds no {what}: {index} is missing")
         return str(path)
     if os.path.isfile(path):
-        raise ModelNotFoundError(f"model={text!r} is a file; give the folder that holds {INDEX_NAME}, or a Hub id")
+        raise ModelNotFoundError(f"model={text!r} is a file; give the folder that holds {index}, or a Hub id")
     shown = text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
     if isinstance(model, os.PathLike) or _looks_like_path(text):
         raise ModelNotFoundError(f"the model folder {shown} does not exist")
@@ -251,9 +256,9 @@ def native_size(pipeline: Any) -> int:
     return int(side) * int(pipeline.vae_scale_factor)
 
 
-def _checkout_model(name: str) -> str | None:
+def _checkout_model(name: str, index: str) -> str | None:
     folder = Path(__file__).resolve().parent.parent / "pipelines" / name
-    return str(folder) if (folder / INDEX_NAME).is_file() else None
+    return str(folder) if (folder / index).is_file() else None
 
 
 def _looks_like_path(text: str) -> bool:

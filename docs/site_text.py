@@ -13,6 +13,7 @@ CONTENTS = """
 ```{toctree}
 :hidden:
 
+which_method
 guide_and_rescale
 prompt_to_prompt
 inversion
@@ -22,6 +23,7 @@ flowchef
 rolling
 rolling_motion
 stream_batch
+batch
 editing_benchmark
 pie_bench
 distillation

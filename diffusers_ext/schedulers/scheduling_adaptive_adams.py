@@ -305,7 +305,10 @@ class AdaptiveAdamsScheduler(MultistepScheduler):
     def _stiffness(self, sample: torch.Tensor, levels: Levels) -> list[float]:
         """z, sample by sample."""
         asked, before = sample.detach() / levels.alpha, self._asked
-        assert before is not None
+        if before is None:
+            raise ValueError(
+                "there is no earlier step to compare with; call set_timesteps, and step from the first timestep on"
+            )
         self._asked = asked
         newest, older = (slope.detach() for slope in self._slopes[:2])
         change, way = (

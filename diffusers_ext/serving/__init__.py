@@ -1,9 +1,10 @@
 """What the Gradio Spaces share: checks of what visitors send, work that can be watched and stopped, and safe settings.
 
-Only `serving.app` needs Gradio (`pip install "diffusers-ext[spaces]"`); nothing else of this package imports it.
+Only `serving.app` and `serving.fields` need Gradio (`pip install "diffusers-ext[spaces]"`); nothing else of this
+package imports it.
 """
 
-from .checks import VisitorError, shrunk, still_picture, whole_number, words
+from .checks import VisitorError, painted, shrunk, still_picture, whole_number, words
 from .sharing import Kept, SharedPipeline
 from .work import Done, Step, StoppedError, in_steps
 
@@ -16,6 +17,7 @@ __all__ = [
     "StoppedError",
     "VisitorError",
     "in_steps",
+    "painted",
     "shrunk",
     "still_picture",
     "whole_number",

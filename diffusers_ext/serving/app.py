@@ -1,4 +1,4 @@
-"""Gradio as the Spaces use it: uploads that are checked before they are decoded, handlers that can be stopped, safe settings.
+"""Gradio as the Spaces use it: handlers that can be stopped and end when their visitor leaves, and safe settings.
 
 `pip install "diffusers-ext[spaces]"` brings Gradio. On ZeroGPU the package `spaces` lends a GPU for the time of a call; anywhere else
 [`on_gpu`] does nothing.
@@ -6,73 +6,27 @@
 
 import functools
 import logging
-import os
 import secrets
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import gradio as gr
-import torch
+from gradio.context import LocalContext
 
-from ..hub import load_pipeline, resolve_model
 from .checks import VisitorError
-from .sharing import SharedPipeline
+from .fields import CSS
 from .work import Done, Report, StoppedError, in_steps
 
 
-MODEL_VARIABLE = "MODEL_ID"
-REVISION_VARIABLE = "MODEL_REVISION"
 MAX_UPLOAD = "8mb"
 MAX_WAITING = 32
 # One group for everything that uses the model: two calls at once would only share the same processor.
 MODEL_GROUP = "model"
+# Answers that wait for a visitor whose session is closed, some two seconds of them; one who listens, however slowly,
+# leaves none waiting.
+_UNREAD = 8
 
-# Pictures of the demo models are a few dozen pixels wide.
-_CSS = ".pixels img {image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%}"
 _log = logging.getLogger(__name__)
-
-
-def upload_field(label: str, *, height: int = 240) -> gr.Image:
-    """A field for one picture, from a file or the clipboard, that hands over the path of the file as it was sent.
-
-    Gradio's own decodes and converts what it gets, whatever its size. Here nothing is decoded before
-    [`diffusers_ext.serving.still_picture`] has looked at the header.
-
-    Args:
-        label (`str`): What stands above it.
-        height (`int`, *optional*, defaults to 240): Of the field, in pixels.
-
-    Returns:
-        `gr.Image`: The field.
-    """
-    field = gr.Image(
-        label=label,
-        type="filepath",
-        sources=["upload", "clipboard"],
-        format="png",
-        height=height,
-        elem_classes="pixels",
-    )
-    # Not by a class of our own: Gradio writes a stub file beside the source of each component class that it meets.
-    field.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
-    return field
-
-
-def shared_model(pipeline_class: Any, default: str, *, exclusive: bool = True) -> SharedPipeline:
-    """Loads the model of a Space: that of the variable `MODEL_ID` (at `MODEL_REVISION`), or a model of this project.
-
-    Args:
-        pipeline_class (`type`): The pipeline.
-        default (`str`): Name of the model of this project, a folder in `pipelines/`.
-        exclusive (`bool`, *optional*, defaults to `True`): As for [`SharedPipeline`].
-
-    Returns:
-        [`SharedPipeline`]: On a GPU if there is one.
-    """
-    model = resolve_model(os.environ.get(MODEL_VARIABLE) or None, default)
-    revision = os.environ.get(REVISION_VARIABLE) or None
-    dtype = torch.float16 if torch.cuda.is_available() and os.environ.get(MODEL_VARIABLE) else None
-    return SharedPipeline(load_pipeline(pipeline_class, model, revision=revision, dtype=dtype), exclusive=exclusive)
 
 
 def on_gpu(seconds: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -123,12 +77,44 @@ def shown(work: Callable[[Report], Any], progress: gr.Progress, outputs: int) ->
     Returns:
         What the work returned.
     """
-    for step in in_steps(work):
+    for step in in_steps(work, gone=departure()):
         if isinstance(step, Done):
             return step.result
         progress(step.fraction, desc=step.words)
         yield gr.skip() if outputs == 1 else [gr.skip()] * outputs
     raise AssertionError("work ends with its result or an error")
+
+
+def departure() -> Callable[[], bool]:
+    """Whether the visitor of the call that runs now has left, as a question that its work asks at each step.
+
+    Gradio closes a handler where it hands something over, and of a call that is cancelled before its handler did so
+    for the first time it forgets the handler and lets it run. What it knows at any time is whether the call is still
+    in its queue, whether the stream of its answers was broken off, and, of a visitor who left before he opened that
+    stream, that his session is closed while answers pile up.
+
+    A slow visitor keeps his connection and has not left. Where the queue does not know the call (it runs in a process
+    of its own, or past the queue) the answer is always no.
+
+    Returns:
+        `Callable[[], bool]`: To be asked from any thread.
+    """
+    # Not part of Gradio's public interface, so that a release without them has the patience of `in_steps` instead.
+    queue: Any = getattr(LocalContext.blocks.get(None), "_queue", None)
+    events: Any = getattr(queue, "event_ids_to_events", {})
+    event_id = LocalContext.event_id.get(None)
+    event = events.get(event_id)
+    if event is None:
+        return lambda: False
+
+    def gone() -> bool:
+        if events.get(event_id) is not event or not event.alive:
+            return True
+        session = queue.server_app.state_holder.session_data.get(event.session_hash)
+        answers = queue.pending_messages_per_session.get(event.session_hash)
+        return bool(session and session.is_closed and answers and answers.qsize() > _UNREAD)
+
+    return gone
 
 
 def page(title: str) -> gr.Blocks:
@@ -155,6 +141,6 @@ def launch(blocks: gr.Blocks, **settings: Any) -> Any:
         ssr_mode=False,
         mcp_server=False,
         footer_links=["api"],
-        css=_CSS,
+        css=CSS,
         **settings,
     )

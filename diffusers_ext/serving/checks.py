@@ -45,6 +45,50 @@ def still_picture(path: Any, name: str = "upload", *, max_pixels: int = 2**24) -
     return picture
 
 
+def painted(path: Any, name: str = "mask", *, max_pixels: int = 2**24) -> Image.Image:
+    """Opens the layer of an editor, or a mask from a file.
+
+    Args:
+        path (`str`): Where it lies.
+        name (`str`, *optional*, defaults to `"mask"`): What it is called in messages.
+        max_pixels (`int`, *optional*, defaults to 16 777 216): As for [`still_picture`].
+
+    Returns:
+        `PIL.Image.Image`: In mode `"L"`: 255 where something was painted, which is where a layer is not transparent,
+        and where a mask without transparency is bright; 0 elsewhere.
+
+    Raises:
+        VisitorError: As [`still_picture`].
+    """
+    picture = still_picture(path, name, max_pixels=max_pixels)
+    with Image.open(path, formats=FORMATS) as layer:
+        if layer.has_transparency_data:
+            # A brush that shows what lies beneath is itself transparent in part, and its edges more so.
+            return layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 * (alpha > 63))
+    return picture.convert("L").point(lambda value: 255 * (value > 127))
+
+
+def within_margins(path: Any, *, max_pixels: int = 2**24) -> tuple[int, int, int, int]:
+    """Where the picture of an editor lies on its canvas, whose margins are transparent.
+
+    Args:
+        path (`str`): Of a picture that [`still_picture`] has opened.
+        max_pixels (`int`, *optional*, defaults to 16 777 216): As for [`still_picture`].
+
+    Returns:
+        `tuple[int, int, int, int]`: Left, top, right and bottom in pixels, as `PIL.Image.Image.crop` takes them: all of a
+        picture that has no transparency, or has it elsewhere than in margins.
+    """
+    picture = still_picture(path, max_pixels=max_pixels)
+    whole = (0, 0, *picture.size)
+    with Image.open(path, formats=FORMATS) as image:
+        if not image.has_transparency_data or image.size != picture.size:
+            return whole
+        alpha = image.convert("RGBA").getchannel("A")
+    box = alpha.getbbox()
+    return box if box is not None and alpha.crop(box).getextrema()[0] == 255 else whole
+
+
 def shrunk(picture: Image.Image, side: int) -> Image.Image:
     """Scales a picture down, if need be, so that neither side is longer than `side` pixels."""
     if max(picture.size) <= side:
@@ -93,6 +137,11 @@ def whole_number(value: Any, name: str, low: int, high: int) -> int:
     if number(value, name, low, high) % 1:
         raise VisitorError(f"The {name} of {value:g} is not a whole number: choose one from {low} to {high}.")
     return int(value)
+
+
+def seed_number(value: Any) -> int:
+    """Returns a seed, or raises a [`VisitorError`] that says which ones there are."""
+    return whole_number(value, "seed", 0, 2**31 - 1)
 
 
 def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:

@@ -31,6 +31,11 @@ class SharedPipeline:
         if beside is not None:
             self._lock = beside._lock
 
+    @property
+    def busy(self) -> bool:
+        """Whether the next request would wait for one that is at work."""
+        return self._lock is not None and self._lock.locked()
+
     @contextmanager
     def request(self, report: Report, phase: str = "sampling") -> Iterator[Any]:
         """A copy of the pipeline for one request, with a scheduler of its own.

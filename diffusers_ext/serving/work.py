@@ -1,7 +1,9 @@
 """Work that reports its steps, and stops when nobody waits for it any more.
 
-A web server learns that a visitor has left, or clicked on Stop, only where it hands something over. So the work runs in a thread of
-its own, and a generator hands over how far it is several times a second. When the generator is closed the work ends at its next step.
+A web server learns that a visitor has left, or clicked on Stop, only where it hands something over. So the work runs
+in a thread of its own, and a generator hands over how far it is several times a second. When the generator is closed
+the work ends at its next step, and so it does when `gone` says that there is nobody left, though the generator was
+forgotten instead of closed.
 """
 
 import threading
@@ -16,6 +18,7 @@ from .checks import VisitorError
 T = TypeVar("T")
 Report = Callable[[float, str], None]
 
+THREAD_NAME = "work of a visitor"
 _PULSE = 0.25  # seconds between two looks at the work
 _PATIENCE = 20.0  # seconds without a look after which nobody waits any more, though nobody has said so
 
@@ -39,7 +42,9 @@ class Done(Generic[T]):
     result: T
 
 
-def in_steps(work: Callable[[Report], T], *, longest: float = 120.0) -> Iterator[Step | Done[T]]:
+def in_steps(
+    work: Callable[[Report], T], *, longest: float = 120.0, gone: Callable[[], bool] = lambda: False
+) -> Iterator[Step | Done[T]]:
     """Runs work in a thread and hands over how far it is.
 
     Args:
@@ -47,6 +52,8 @@ def in_steps(work: Callable[[Report], T], *, longest: float = 120.0) -> Iterator
             Called with a function `report(fraction, words)`, which it calls at each step. That function raises [`StoppedError`] when
             the work shall end; the work lets it pass.
         longest (`float`, *optional*, defaults to 120.0): Seconds after which it is stopped.
+        gone (`Callable`, *optional*): Asked at each step, in the thread of the work, whether nobody waits any more;
+            never by default.
 
     Returns:
         `Iterator`: Of [`Step`], several times a second, and at last one [`Done`]. Closing it ends the work and waits for that.
@@ -79,7 +86,7 @@ def in_steps(work: Callable[[Report], T], *, longest: float = 120.0) -> Iterator
     def report(fraction: float, text: str) -> None:
         nonlocal now
         moment = time.monotonic()
-        if stop.is_set() or moment - looked > _PATIENCE:
+        if stop.is_set() or gone() or moment - looked > _PATIENCE:
             raise StoppedError
         if moment - begin > longest:
             raise VisitorError(f"This took longer than {longest:.0f} seconds: use fewer steps or a smaller picture.")
@@ -93,7 +100,7 @@ def in_steps(work: Callable[[Report], T], *, longest: float = 120.0) -> Iterator
         finally:
             ended.set()
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
     thread.start()
     try:
         while not ended.wait(_PULSE):

@@ -14,8 +14,10 @@ from diffusers_ext.attention import controller_for
 from diffusers_ext.hub import DEFAULT_MODEL_NAME, native_size
 from diffusers_ext.imaging import fit_square
 from diffusers_ext.serving import Kept, SharedPipeline, still_picture, whole_number, words
-from diffusers_ext.serving.app import MODEL_GROUP, answering, launch, on_gpu, page, shared_model, shown, upload_field
+from diffusers_ext.serving.app import MODEL_GROUP, answering, launch, on_gpu, page, shown
 from diffusers_ext.serving.checks import choice, number
+from diffusers_ext.serving.fields import before_after, buttons, result_field, upload_field
+from diffusers_ext.serving.models import shared_model
 from diffusers_ext.serving.work import Report
 
 
@@ -142,22 +144,11 @@ def build() -> gr.Blocks:
                 with gr.Accordion("Settings", open=False):
                     steps = gr.Slider(4, MAX_STEPS, value=30, step=1, label="Steps")
                     scale = gr.Slider(1.5, 15, value=7.5, step=0.5, label="Guidance scale")
-                with gr.Row():
-                    go = gr.Button("Edit", variant="primary", min_width=80)
-                    every = gr.Button("Compare all", min_width=80)
-                    stop = gr.Button("Stop", variant="stop", min_width=80)
+                go, every, stop = buttons("Edit", "Compare all")
             with gr.Column():
-                slider = gr.ImageSlider(
-                    label="Before and after", format="png", max_height=420, interactive=False, elem_classes="pixels"
-                )
+                slider = before_after()
                 cost = gr.Markdown()
-                difference = gr.Image(
-                    label="What changed",
-                    format="png",
-                    height=180,
-                    buttons=["download", "fullscreen"],
-                    elem_classes="pixels",
-                )
+                difference = result_field("What changed", height=180)
         gallery = gr.Gallery(label="Every method", format="png", columns=4, height=300, elem_classes="pixels")
         costs = gr.Markdown()
         inputs = [picture, source, prompt]

@@ -14,8 +14,10 @@ from diffusers_ext.hub import RESTORATION_MODEL_NAME
 from diffusers_ext.imaging import to_tensor
 from diffusers_ext.metrics import psnr
 from diffusers_ext.serving import VisitorError, shrunk, still_picture, whole_number
-from diffusers_ext.serving.app import MODEL_GROUP, answering, launch, on_gpu, page, shared_model, shown, upload_field
-from diffusers_ext.serving.checks import number
+from diffusers_ext.serving.app import MODEL_GROUP, answering, launch, on_gpu, page, shown
+from diffusers_ext.serving.checks import number, seed_number
+from diffusers_ext.serving.fields import before_after, buttons, seed_field, upload_field
+from diffusers_ext.serving.models import shared_model
 from diffusers_ext.serving.work import Report
 
 
@@ -41,7 +43,7 @@ def restore(
     """Restores a picture: before and after, and what it cost and gained."""
     steps = whole_number(steps, "number of network evaluations", 1, MAX_STEPS)
     noise_scale = number(noise_scale, "noise scale", 0.0, 1.0)
-    seed = whole_number(seed, "seed", 0, 2**31 - 1)
+    seed = seed_number(seed)
     degraded = shrunk(still_picture(picture), MAX_SIDE)
     truth = None if clean is None else shrunk(still_picture(clean, "clean picture"), MAX_SIDE)
     if truth is not None and truth.size != degraded.size:
@@ -94,14 +96,10 @@ def build() -> gr.Blocks:
                         label="Noise scale",
                         info="0: one smooth result; 1: a sample with fine texture",
                     )
-                    seed = gr.Number(0, precision=0, label="Seed")
-                with gr.Row():
-                    go = gr.Button("Restore", variant="primary")
-                    stop = gr.Button("Stop", variant="stop", min_width=80)
+                    seed = seed_field()
+                go, stop = buttons("Restore")
             with gr.Column():
-                slider = gr.ImageSlider(
-                    label="Before and after", format="png", max_height=420, interactive=False, elem_classes="pixels"
-                )
+                slider = before_after()
                 cost = gr.Markdown()
         rows = [[str(HERE / "examples" / f"{name}{end}.png") for end in ("", "-clean")] for name in EXAMPLES]
         gr.Examples(rows, [picture, clean], label="Examples")

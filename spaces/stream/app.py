@@ -12,8 +12,10 @@ import torch
 
 from diffusers_ext import RollingLadderPipeline
 from diffusers_ext.serving import whole_number
-from diffusers_ext.serving.app import answering, launch, on_gpu, page, shared_model
-from diffusers_ext.serving.checks import number
+from diffusers_ext.serving.app import answering, launch, on_gpu, page
+from diffusers_ext.serving.checks import number, seed_number
+from diffusers_ext.serving.fields import buttons, seed_field
+from diffusers_ext.serving.models import shared_model
 
 
 FRAMES_A_SECOND = 64
@@ -70,7 +72,7 @@ def stream(
     """Draws the last four seconds of the stream again and again, not faster than a person walks."""
     set_gait(gait, cadence, vigour)
     seconds = whole_number(seconds, "number of seconds", 1, LONGEST)
-    seed = whole_number(seed, "seed", 0, 2**31 - 1)
+    seed = seed_number(seed)
     last: deque[list[float]] = deque(maxlen=SHOWN)
     made = drawn = 0
     with model.request(lambda fraction, words: None) as pipe:
@@ -124,10 +126,8 @@ def build() -> gr.Blocks:
                 vigour = gr.Slider(0, 2, value=1, step=0.1, label="Vigour", info="0 stands still")
                 with gr.Accordion("Settings", open=False):
                     seconds = gr.Slider(1, LONGEST, value=30, step=1, label="Seconds")
-                    seed = gr.Number(0, precision=0, label="Seed")
-                with gr.Row():
-                    start = gr.Button("Start", variant="primary")
-                    stop = gr.Button("Stop", variant="stop", min_width=80)
+                    seed = seed_field()
+                start, stop = buttons("Start")
             with gr.Column(scale=2):
                 picture = gr.HTML(label="Motion", elem_id="motion")
                 state = gr.Markdown()

@@ -17,7 +17,8 @@ from gradio_client import Client, handle_file  # noqa: E402
 
 from diffusers_ext.serving import VisitorError  # noqa: E402
 from diffusers_ext.serving import app as app_module  # noqa: E402
-from diffusers_ext.serving.app import answering, launch, on_gpu, page, shown, upload_field  # noqa: E402
+from diffusers_ext.serving.app import answering, launch, on_gpu, page, shown  # noqa: E402
+from diffusers_ext.serving.fields import upload_field  # noqa: E402
 
 
 SECRET = "/etc/secret/place"
@@ -94,30 +95,82 @@ def settled() -> int:
     return before
 
 
-def test_a_visitor_who_goes_away_ends_the_work(url: str) -> None:
-    counted.clear()
-    session = "goes-away"
+def join(url: str, session: str, steps: int) -> None:
     function = next(
         i["id"] for i in json.load(urllib.request.urlopen(f"{url}config"))["dependencies"] if i["api_name"] == "count"
     )
-    body = json.dumps({"data": [2000], "fn_index": function, "session_hash": session}).encode()
+    body = json.dumps({"data": [steps], "fn_index": function, "session_hash": session}).encode()
     headers = {"Content-Type": "application/json"}
     urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/queue/join", body, headers), timeout=10)
-    stream = urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash={session}", timeout=10)
-    while len(counted) < 5:
-        stream.readline()
+
+
+def listen(url: str, session: str) -> Any:
+    return urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash={session}", timeout=30)
+
+
+def begun(steps: int) -> None:
+    begin = time.monotonic()
+    while len(counted) < steps:
+        assert time.monotonic() - begin < 30, "the work does not begin"
+        time.sleep(0.005)
+
+
+# Less than half of the patience with one who does not look, at 20 steps a second.
+SOON = 150
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_visitor_who_goes_away_ends_the_work(url: str, steps: int) -> None:
+    counted.clear()
+    join(url, f"goes-away-{steps}", 2000)
+    stream = listen(url, f"goes-away-{steps}")
+    begun(steps)
     stream.close()
-    assert settled() < 1500
+    assert settled() < SOON
 
 
-def test_a_cancelled_job_ends_the_work(client: Client) -> None:
+@pytest.mark.parametrize("steps", [1, 8])
+def test_a_cancelled_job_ends_the_work_also_before_its_first_answer(client: Client, steps: int) -> None:
     counted.clear()
     job = client.submit(2000, api_name="/count")
-    begin = time.monotonic()
-    while len(counted) < 3 and time.monotonic() - begin < 10:
-        time.sleep(0.05)
+    begun(steps)
     job.cancel()
-    assert 3 <= settled() < 1500
+    assert steps <= settled() < SOON
+
+
+def test_a_visitor_who_left_before_he_listened_ends_the_work(url: str) -> None:
+    counted.clear()
+    heart = urllib.request.urlopen(f"{url}gradio_api/heartbeat/silent", timeout=10)
+    heart.readline()
+    join(url, "silent", 2000)
+    begun(2)
+    heart.close()
+    assert settled() < SOON
+
+
+def test_a_visitor_who_is_slow_to_listen_gets_the_answer(url: str) -> None:
+    counted.clear()
+    join(url, "slow", 80)
+    begun(80)  # he has not opened the stream of answers yet, of which some twenty wait
+    with listen(url, "slow") as stream:
+        heard = b""
+        while b"process_completed" not in heard:
+            heard = stream.readline()
+    assert b"80 steps" in heard
+
+
+def test_a_visitor_who_lost_his_heartbeat_but_listens_gets_the_answer(url: str) -> None:
+    counted.clear()
+    heart = urllib.request.urlopen(f"{url}gradio_api/heartbeat/heartless", timeout=10)
+    heart.readline()
+    join(url, "heartless", 80)
+    with listen(url, "heartless") as stream:
+        begun(2)
+        heart.close()
+        heard = b""
+        while b"process_completed" not in heard:
+            heard = stream.readline()
+    assert b"80 steps" in heard
 
 
 def test_a_full_queue_is_refused_and_nobody_in_it_is_lost(url: str) -> None:

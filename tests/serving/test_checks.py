@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_ext.serving import VisitorError, shrunk, still_picture, whole_number, words
-from diffusers_ext.serving.checks import choice, number
+from diffusers_ext.serving import VisitorError, painted, shrunk, still_picture, whole_number, words
+from diffusers_ext.serving.checks import choice, number, seed_number, within_margins
 
 
 def frames(count: int) -> list[Image.Image]:
@@ -70,6 +70,38 @@ def test_a_jpeg_with_several_pictures_is_no_animation(tmp_path: Path) -> None:
     assert still_picture(tmp_path / "phone.jpg").size == (8, 8)
 
 
+def test_a_mask_is_what_is_not_transparent_or_else_what_is_bright(tmp_path: Path) -> None:
+    layer = Image.new("RGBA", (4, 1), (0, 0, 0, 0))
+    for x, alpha in enumerate((0, 63, 64, 255)):
+        layer.putpixel((x, 0), (0, 0, 0, alpha))
+    layer.save(tmp_path / "layer.png")
+    Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "grey.png")
+    Image.new("RGB", (4, 1), "white").save(tmp_path / "white.png")
+    for name, expected in (("layer", [0, 0, 255, 255]), ("grey", [0, 0, 255, 255]), ("white", [255] * 4)):
+        mask = painted(tmp_path / f"{name}.png")
+        assert mask.mode == "L" and list(mask.tobytes()) == expected, name
+
+
+def test_the_margins_of_a_canvas_are_found_and_no_other_transparency(tmp_path: Path) -> None:
+    canvas = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    canvas.paste((200, 10, 10, 255), (0, 4, 16, 12))
+    canvas.save(tmp_path / "wide.png")
+    holed = canvas.copy()
+    holed.putpixel((8, 8), (0, 0, 0, 0))
+    holed.save(tmp_path / "holed.png")
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "sound.png")
+    boxes = {name: within_margins(tmp_path / f"{name}.png") for name in ("wide", "holed", "clear", "sound")}
+    assert boxes == {"wide": (0, 4, 16, 12), **dict.fromkeys(("holed", "clear", "sound"), (0, 0, 16, 16))}
+
+
+def test_a_bad_mask_is_answered_as_a_bad_upload_is(tmp_path: Path) -> None:
+    for name, said in bad_uploads(tmp_path).items():
+        with pytest.raises(VisitorError, match="^The mask ") as caught:
+            painted(str(tmp_path / name))
+        assert said in str(caught.value) and str(tmp_path) not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((100, 50), (100, 50)), ((400, 100), (128, 32)), ((1, 4000), (1, 128)), ((128, 128), (128, 128))],
@@ -87,6 +119,9 @@ def test_what_is_no_whole_number_in_range_is_refused(value: object) -> None:
 def test_numbers_in_range_are_returned_in_their_kind() -> None:
     assert whole_number(5.0, "steps", 1, 20) == 5 and isinstance(whole_number(5.0, "steps", 1, 20), int)
     assert number(1, "scale", 0.0, 1.0) == 1.0
+    assert seed_number(2**31 - 1) == 2**31 - 1
+    with pytest.raises(VisitorError, match="seed"):
+        seed_number(2**31)
 
 
 def test_text_is_trimmed_and_bounded() -> None:

@@ -52,6 +52,14 @@ def test_work_that_nobody_looks_at_ends_by_itself(monkeypatch: pytest.MonkeyPatc
     assert len(log) < 100
 
 
+def test_work_ends_at_its_next_step_when_its_visitor_is_gone_though_nobody_closed_it() -> None:
+    log: list[int] = []
+    running = in_steps(counting(log), gone=lambda: len(log) == 5)
+    with pytest.raises(StoppedError):
+        list(running)
+    assert len(log) == 5
+
+
 def test_work_that_takes_too_long_is_told_what_to_do() -> None:
     with pytest.raises(VisitorError, match="longer than 0 seconds: use fewer steps"):
         list(in_steps(counting([]), longest=0.2))

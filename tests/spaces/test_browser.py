@@ -161,3 +161,57 @@ def test_a_stream_runs_changes_and_stops(visit: Callable[[str], Any], tmp_path: 
     state = page.get_by_text("frames a second, ").inner_text()
     page.wait_for_timeout(1000)
     assert page.get_by_text("frames a second, ").inner_text() == state
+
+
+def test_a_mask_is_painted_and_only_what_it_covers_is_new(visit: Callable[[str], Any], tmp_path: Path) -> None:
+    page = visit("steer")
+    source = ROOT / "spaces" / "steer" / "examples" / "fish.png"
+    page.locator("input[type=file]").first.set_input_files(source)
+    canvas = page.locator(".image-container canvas, canvas").first
+    canvas.wait_for()
+    page.get_by_label("Brush", exact=False).first.click()
+    box = canvas.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    reach = min(box["width"], box["height"]) / 8
+    page.mouse.move(middle[0] - reach, middle[1] - reach)
+    page.mouse.down()
+    for i in range(9):
+        across = (-1) ** i * reach
+        page.mouse.move(middle[0] + across, middle[1] + (i - 4) / 4 * reach, steps=8)
+    page.mouse.up()
+    page.get_by_label("It shall show").fill("a yellow star on a teal striped background")
+    page.get_by_role("button", name="Steer", exact=True).click()
+    page.get_by_text("60 network evaluations").wait_for()
+    square, measured, steered = (
+        np.asarray(Image.open(io.BytesIO(page.request.get(picture.get_attribute("src")).body())).convert("RGB"))
+        for picture in page.locator(".pixels img").all()[:3]
+    )
+    hole = (square != measured).any(2)
+    assert 0.01 < hole.mean() < 0.6, "the brush left no mask, or all of it"
+    change = np.abs(square.astype(int) - steered).mean(2)
+    assert change[hole].mean() > 2 * change[~hole].mean()
+    screenshot(page, "steer", tmp_path)
+
+
+def test_an_example_with_its_mask_is_steered_by_two_clicks(visit: Callable[[str], Any]) -> None:
+    page = visit("steer")
+    page.get_by_text("a mushroom on a yellow dotted background").first.click()
+    field = page.get_by_label("It shall show")
+    begin = time.monotonic()
+    while field.input_value() != "a mushroom on a yellow dotted background":
+        assert time.monotonic() - begin < 20, field.input_value()
+        page.wait_for_timeout(100)
+    page.get_by_role("button", name="Steer", exact=True).click()
+    page.get_by_text("60 network evaluations").wait_for()
+
+
+def test_teacher_and_students_are_shown_with_their_seconds(visit: Callable[[str], Any], tmp_path: Path) -> None:
+    page = visit("distilled")
+    page.get_by_label("It shall show").fill("a red star on a teal background")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator("li", has_text="teacher: ").wait_for()
+    rows = page.locator("li", has_text=re.compile(r"\d\.\d\d s, \d+ network evaluation")).all_inner_texts()
+    assert [row.split(":")[0] for row in rows] == ["teacher", "4 steps", "1 step"]
+    pictures = page.locator(".pixels img")
+    assert pictures.count() == 3
+    screenshot(page, "distilled", tmp_path)

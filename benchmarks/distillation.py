@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""What distillation keeps: eight Gaussians, the demo model and its students, and what a step costs in memory and time.
+
+    python benchmarks/distillation.py                     # all parts, an hour on one core
+    python benchmarks/distillation.py --parts demo page
+
+toy: every method on eight Gaussians, three seeds. demo: the students in `pipelines/` beside their teachers at equal and at more
+evaluations. cost: memory and time of a step of distillation. page: the tables of docs/distillation.md.
+"""
+
+import argparse
+
+import distillation_cost
+import distillation_demo
+import distillation_page
+import distillation_toy
+import torch
+from common import read_result, write_result
+
+
+PARTS = ("toy", "demo", "cost", "page")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument(
+        "--methods", nargs="+", choices=distillation_toy.METHODS, default=distillation_toy.METHODS, help="of toy"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = read_result("distillation")
+    for part, measured in (
+        ("toy", lambda: distillation_toy.run(result.get("toy", {}), options.methods)),
+        ("demo", distillation_demo.run),
+        ("cost", distillation_cost.run),
+    ):
+        if part in options.parts:
+            result[part] = measured()
+            write_result("distillation", result)
+    if "page" in options.parts:
+        distillation_page.write(result)
+
+
+if __name__ == "__main__":
+    main()

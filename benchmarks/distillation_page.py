@@ -1,0 +1,139 @@
+"""The figures of docs/distillation.md and its plot, from `benchmarks/results/distillation.json`."""
+
+import statistics
+from typing import Any
+
+from common import ROOT
+from page import Panel, line_chart, table, write_between
+
+from diffusers_ext.atomic import atomic_write
+
+
+PAGE, PICTURE = ROOT / "docs" / "distillation.md", ROOT / "docs" / "images" / "distillation.svg"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+BASE = "teacher, Euler, 20"
+TOY = {
+    "teacher, Euler": "#888888", "teacher, DPM++ 2M": "#33bbee", "DMD2": "#cc3311", "f-distill, js": "#ee7733", "CTM": "#aa3377",
+    "ReFlow": "#009988",
+}  # fmt: skip
+DEMO = {
+    "emoji-scenes-flow, Euler": "#888888", "emoji-scenes-flow, DPM++ 2M": "#33bbee", "emoji-scenes-flow, UniPC": "#0077bb",
+    "emoji-scenes-64, DPM++ 2M": "#bbbb44", "emoji-scenes-reflow": "#cc3311",
+}  # fmt: skip
+LABELS = ("object", "colour", "background", "pattern", "all four")
+
+
+def spread(values: list[float], digits: int = 4) -> str:
+    """Mean of the seeds, and their range."""
+    return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def toy_table(found: dict[str, Any]) -> list[str]:
+    base = found["rows"][BASE]["sliced_w2"]
+    rows = []
+    for name, row in found["rows"].items():
+        method, _, evaluations = name.rpartition(", ")
+        ratio = statistics.fmean(row["sliced_w2"]) / statistics.fmean(base)
+        inside, kl = statistics.fmean(row["inside"]), statistics.fmean(row["mode_kl"])
+        seconds = "" if method == "data" else f"{row['training_seconds']:.0f}"
+        rows.append(
+            [method, evaluations, spread(row["sliced_w2"]), f"{ratio:.2f}", f"{inside:.3f}", f"{kl:.4f}", seconds]
+        )
+    header = ("sampler", "evaluations", "sliced W2, mean of seeds (range)", "of Euler 20", "within 3 deviations", "KL of the modes",
+              "training, s")  # fmt: skip
+    bends = found["straightness"]
+    fall = statistics.fmean(bends["teacher"]) / statistics.fmean(bends["student"])
+    settings = found["settings"]
+    return [
+        f"Seeds {', '.join(map(str, settings['seeds']))}, trained side by side; seconds of one core for all of them, the teacher's own not "
+        f"counted in. {settings['tried']} settings were tried on another seed. Samples of the data themselves are row one: what is left is the "
+        f"error of the measurement.",
+        "",
+        table(header, rows),
+        "",
+        f"ReFlow takes S from {spread(bends['teacher'])} to {spread(bends['student'])}, {fall:.0f} times less.",
+    ]
+
+
+def demo_table(found: dict[str, Any]) -> list[str]:
+    rows = []
+    base = found["rows"]["emoji-scenes-flow, Euler, 20"]["frechet"]
+    for name, row in found["rows"].items():
+        sampler, _, steps = name.rpartition(", ")
+        if "evaluations" not in row:
+            rows.append([name, "", "", f"{row['frechet']:.3f}", "", *(f"{row[label]:.3f}" for label in LABELS), ""])
+            continue
+        rows.append(
+            [sampler, steps, row["evaluations"], f"{row['frechet']:.3f}", f"{row['frechet'] / base:.2f}",
+             *(f"{row[label]:.3f}" for label in LABELS), f"{row['pictures_per_second']:.1f}"]
+        )  # fmt: skip
+    header = ("sampler", "steps", "evaluations", "Fréchet distance", "of the flow's 20 steps", *LABELS, "pictures/s")
+    settings = found["settings"]
+    return [
+        f"{settings['count']} captions of triples never trained on, guidance {settings['guidance_scale']:g}, the same noise in every row of a "
+        f"model; {settings['references']} renderings of other such scenes to compare with. Pictures a second on one core.",
+        "",
+        table(header, rows),
+    ]
+
+
+def cost_table(found: dict[str, Any]) -> list[str]:
+    memory = found["memory"]
+    alone = memory["teacher"]
+    rows = [["teacher alone, a pass forwards and backwards", f"{alone['peak_megabytes']:.0f}", ""]]
+    rows += [
+        [
+            f"DMD2, student and fake score as LoRAs of rank {rank}",
+            f"{row['peak_megabytes']:.0f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for rank, row in memory["ranks"].items()
+    ]
+    lines = [
+        f"Network of the size of Stable Diffusion 1.5 ({alone['weights_megabytes']:.0f} MB in float32), 256 pixels, batch 1, AdamW:",
+        "",
+        table(("peak memory", "MB", "ratio"), rows),
+        "",
+    ]
+    rows = [
+        [name, f"{row['round_seconds']:.2f}", f"{row['sum_of_parts_seconds']:.2f}",
+         f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})"]
+        for name, row in found["time"].items()
+    ]  # fmt: skip
+    return [*lines, table(("DMD2 on the demo model", "round, s", "sum of its passes, s", "ratio (range)"), rows)]
+
+
+def lines_of(rows: dict[str, Any], colours: dict[str, str], value: Any) -> dict[str, dict[int, float]]:
+    lines: dict[str, dict[int, float]] = {name: {} for name in colours}
+    for name, row in rows.items():
+        sampler, _, count = name.rpartition(", ")
+        if sampler in lines:
+            lines[sampler][row.get("evaluations", int(count))] = value(row)
+    return lines
+
+
+def picture(result: dict[str, Any]) -> str:
+    toy = lines_of(result["toy"]["rows"], TOY, lambda row: statistics.fmean(row["sliced_w2"]))
+    demo = lines_of(result["demo"]["rows"], DEMO, lambda row: row["frechet"])
+    columns = sorted({count for line in demo.values() for count in line})
+    panels = [
+        Panel("Eight Gaussians: sliced W2 by evaluations", (1, 2, 4, 10, 20), toy, logarithmic=True),
+        Panel("Demo model: Fréchet distance by evaluations", columns, demo, logarithmic=True),
+    ]
+    return line_chart(panels, {**TOY, **DEMO})
+
+
+def write(result: dict[str, Any]) -> None:
+    """Writes the part of the page between its markers, and the plot."""
+    atomic_write(PICTURE, picture(result).encode())
+    lines = [
+        "![distance by network evaluations](images/distillation.svg)",
+        "",
+        "### Eight Gaussians",
+        "",
+        *toy_table(result["toy"]),
+    ]
+    lines += ["", "### The demo model", "", *demo_table(result["demo"])]
+    if "cost" in result:
+        lines += ["", "### Memory and time", "", *cost_table(result["cost"])]
+    write_between(PAGE, BEGIN, END, "\n".join(lines))
