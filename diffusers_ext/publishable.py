@@ -34,6 +34,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".npy", ".joblib")
 # The file that says what a repository is, in the order in which it is looked for.
 _KINDS = {INDEX_NAME: "pipeline", "scheduler_config.json": "scheduler", "config.json": "model", "pipeline.py": "shim"}
+SAMPLER = "scheduler/scheduler_config.json"
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n(.*)", re.DOTALL)
 _TARGET = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -176,7 +177,13 @@ def _check_repository(folder: Path, kind: str, files: dict[str, int], problems: 
     if kind == "model":
         problems.extend(_class_problems(config, about, ()))
         problems.extend(_weight_problems(files, ""))
-        return (*_ROOT, MANIFEST_NAME, *_COMPONENT)
+        # a distilled network may say what samples it
+        if SAMPLER in files:
+            try:
+                problems.extend(_class_problems(read_json_object(folder / SAMPLER), SAMPLER, ("Scheduler",)))
+            except DamagedFileError as error:
+                problems.append(str(error).replace(f"{folder}{os.sep}", ""))
+        return (*_ROOT, MANIFEST_NAME, SAMPLER, *_COMPONENT)
     components = _check_index(config, files, problems)
     return (*_ROOT, INDEX_NAME, MANIFEST_NAME, *(f"{name}/{pattern}" for name in components for pattern in _COMPONENT))
 

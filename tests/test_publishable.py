@@ -193,6 +193,27 @@ def test_a_model_that_asks_for_code_of_its_repository_is_refused(tmp_path: Path)
         check_publishable(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        ('{"_class_name": "LCMScheduler"}', None),
+        ('{"_class_name": "UNet2DModel"}', "is not the name of a class"),
+        ("{", "scheduler/scheduler_config.json is damaged: it is not JSON"),
+    ],
+    ids=["sound", "no scheduler", "no JSON"],
+)
+def test_a_network_may_say_what_samples_it(tmp_path: Path, scheduler: str, said: str | None) -> None:
+    write("README.md", CARD)(tmp_path)
+    write("config.json", '{"_class_name": "UNet2DModel"}')(tmp_path)
+    write("scheduler/scheduler_config.json", scheduler)(tmp_path)
+    save_file({"weight": np.ones(4, np.float32)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    if said is None:
+        assert "scheduler/scheduler_config.json" in check_publishable(tmp_path).sizes
+        return
+    with pytest.raises(UnpublishableError, match=said):
+        check_publishable(tmp_path)
+
+
 def test_a_link_out_of_the_folder_is_a_remark(folder: Path) -> None:
     write(
         "README.md", CARD + "See [there](../../docs/index.md) and [home](https://huggingface.co) and [here](#tiny)."
