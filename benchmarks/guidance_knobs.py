@@ -13,7 +13,7 @@ import torch
 
 from diffusers_ext import FeatureEnergy, GuideAndRescalePipeline, SelfAttentionEnergy
 from diffusers_ext.data import DEMO_OBJECTS, EmojiScenes
-from diffusers_ext.demo import DemoScene, describe
+from diffusers_ext.demos.editing import DemoScene, describe
 from diffusers_ext.hub import load_pipeline
 from diffusers_ext.imaging import to_pil
 from diffusers_ext.sheets import Tile, contact_sheet

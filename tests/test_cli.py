@@ -15,7 +15,7 @@ from PIL import Image
 import diffusers_ext
 from diffusers_ext.cli import METHODS, main
 from diffusers_ext.data import DEMO_OBJECTS, EmojiScenes
-from diffusers_ext.demo import SCENES, DemoScene, describe, run_demo
+from diffusers_ext.demos.editing import SCENES, DemoScene, describe, run_demo
 from diffusers_ext.imaging import fit_square, open_image
 from diffusers_ext.inversion import INVERSIONS
 from tests.helpers.tiny_models import IMAGE_SIZE, tiny_stable_diffusion, tiny_stable_diffusion_xl

@@ -59,7 +59,7 @@ def test_import_brings_no_library_beyond_diffusers_and_no_pipelines():
 
 
 def test_no_import_of_the_library_brings_gradio_or_torchvision():
-    code = "import json, sys, diffusers_ext, diffusers_ext.cli, diffusers_ext.demo\nprint(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, diffusers_ext, diffusers_ext.cli, diffusers_ext.demos.editing\nprint(json.dumps(sorted(sys.modules)))"
     assert not {"gradio", "torchvision", "datasets", "training", "spaces", "benchmarks"} & set(json.loads(fresh(code)))
 
 
@@ -107,7 +107,7 @@ def test_imports_inside_the_library_never_point_up():
         "atomic": 0, "imaging": 0, "metrics": 0, "data": 0, "schedulers": 0, "models": 0, "sheets": 0, "manifest": 1,
         "integrity": 2, "reports": 3, "attention": 3, "training": 4, "inversion": 4, "guidance": 4, "steering": 4,
         "pipelines": 5, "hub": 6, "steering_tasks": 7, "publishable": 2, "publishing": 3,
-        "students": 7, "serving": 7, "demo": 7, "demo_restoration": 7, "demo_steering": 7, "demo_distillation": 7, "batching": 8, "commands": 9,
+        "students": 7, "serving": 7, "demos": 7, "batching": 8, "commands": 9,
         "cli": 9,
     }  # fmt: skip
     package = ROOT / "diffusers_ext"

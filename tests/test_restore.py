@@ -12,7 +12,7 @@ from PIL import Image
 from diffusers_ext import MRRestorationPipeline
 from diffusers_ext.cli import main
 from diffusers_ext.data.degradations import DEGRADATIONS
-from diffusers_ext.demo_restoration import DAMAGES, Damage, run_restoration_demo
+from diffusers_ext.demos.restoration import DAMAGES, Damage, run_restoration_demo
 from diffusers_ext.imaging import open_image
 from tests.helpers.tiny_models import tiny_stable_diffusion
 from tests.helpers.tiny_restoration import tiny_restoration

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffusers_ext import FlowChefPipeline
 from diffusers_ext.cli import TASKS, main
-from diffusers_ext.demo_steering import PANELS, Panel, run_steering_demo
+from diffusers_ext.demos.steering import PANELS, Panel, run_steering_demo
 from diffusers_ext.imaging import open_image
 from diffusers_ext.steering_tasks import TASKS as ALL_TASKS
 from diffusers_ext.steering_tasks import task_arguments

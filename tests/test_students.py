@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel, UniPCMultistepScheduler
 from PIL import Image
 
-from diffusers_ext.demo_distillation import run_distillation_demo
+from diffusers_ext.demos.distillation import run_distillation_demo
 from diffusers_ext.hub import ModelFamilyError, ModelNotFoundError
 from diffusers_ext.students import with_student
 

@@ -10,10 +10,10 @@ from .common import common_options, quieten
 def demo(options: argparse.Namespace) -> None:
     """Runs `diffusers-ext demo`: edits, and unless another model was named, restorations, steered samples and a student's."""
     quieten(options.debug)
-    from ..demo import run_demo
-    from ..demo_distillation import run_distillation_demo
-    from ..demo_restoration import run_restoration_demo
-    from ..demo_steering import run_steering_demo
+    from ..demos.distillation import run_distillation_demo
+    from ..demos.editing import run_demo
+    from ..demos.restoration import run_restoration_demo
+    from ..demos.steering import run_steering_demo
 
     reports = [run_demo(options.output, model=options.model, steps=options.steps, device=options.device)]
     if options.model is None:

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import FlowChefPipeline
-from .data import DEMO_OBJECTS, EmojiScenes, Scenes
-from .hub import FLOW_MODEL_NAME, load_pipeline, native_size, resolve_model
-from .imaging import to_pil, to_tensor
-from .metrics import psnr
-from .reports import check_output_folder, save_image, versions, write_json
-from .sheets import PAPER, Tile, contact_sheet
-from .steering import GaussianBlur, SuperResolution
-from .steering_tasks import EDIT_GUIDANCE_SCALE, GUIDANCE_SCALE, task_arguments
+from .. import FlowChefPipeline
+from ..data import DEMO_OBJECTS, EmojiScenes, Scenes
+from ..hub import FLOW_MODEL_NAME, load_pipeline, native_size, resolve_model
+from ..imaging import to_pil, to_tensor
+from ..metrics import psnr
+from ..reports import check_output_folder, save_image, versions, write_json
+from ..sheets import PAPER, Tile, contact_sheet
+from ..steering import GaussianBlur, SuperResolution
+from ..steering_tasks import EDIT_GUIDANCE_SCALE, GUIDANCE_SCALE, task_arguments
 
 
 STEPS = 30

@@ -10,10 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from .hub import FLOW_MODEL_NAME, load_pipeline, native_size, resolve_model
-from .reports import check_output_folder, save_image, versions, write_json
-from .sheets import Tile, contact_sheet
-from .students import CONFIG_NAME, STUDENT_MODEL_NAME, with_student
+from ..hub import FLOW_MODEL_NAME, load_pipeline, native_size, resolve_model
+from ..reports import check_output_folder, save_image, versions, write_json
+from ..sheets import Tile, contact_sheet
+from ..students import CONFIG_NAME, STUDENT_MODEL_NAME, with_student
 
 
 STEPS = 20

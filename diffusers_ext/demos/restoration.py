@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from . import MRRestorationPipeline
-from .data import DEMO_OBJECTS, EmojiScenes
-from .data.degradations import gaussian_blur, gaussian_noise, jpeg, low_light, rain, scratches
-from .data.photographs import packaged_crops
-from .hub import RESTORATION_MODEL_NAME, load_pipeline, resolve_model
-from .imaging import to_pil, to_tensor
-from .metrics import psnr
-from .reports import check_output_folder, save_image, versions, write_json
-from .schedulers import MRScheduler
-from .sheets import Tile, contact_sheet
+from .. import MRRestorationPipeline
+from ..data import DEMO_OBJECTS, EmojiScenes
+from ..data.degradations import gaussian_blur, gaussian_noise, jpeg, low_light, rain, scratches
+from ..data.photographs import packaged_crops
+from ..hub import RESTORATION_MODEL_NAME, load_pipeline, resolve_model
+from ..imaging import to_pil, to_tensor
+from ..metrics import psnr
+from ..reports import check_output_folder, save_image, versions, write_json
+from ..schedulers import MRScheduler
+from ..sheets import Tile, contact_sheet
 
 
 FEW, MORE, MANY = 5, 10, 100

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from . import GuideAndRescalePipeline
-from .data import DEMO_OBJECTS, EmojiScenes, Scenes
-from .hub import load_pipeline, native_size, resolve_model
-from .imaging import to_pil, to_tensor
-from .metrics import psnr
-from .reports import check_output_folder, save_image, versions, write_json
-from .sheets import Tile, contact_sheet
+from .. import GuideAndRescalePipeline
+from ..data import DEMO_OBJECTS, EmojiScenes, Scenes
+from ..hub import load_pipeline, native_size, resolve_model
+from ..imaging import to_pil, to_tensor
+from ..metrics import psnr
+from ..reports import check_output_folder, save_image, versions, write_json
+from ..sheets import Tile, contact_sheet
 
 
 COLUMNS = ("source", "reconstruction", "edit 1", "edit 2", "edit 3")
