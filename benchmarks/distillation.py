@@ -5,7 +5,7 @@
     python benchmarks/distillation.py --parts demo page
 
 toy: every method on eight Gaussians, three seeds. demo: the students in `pipelines/` beside their teachers at equal and at more
-evaluations. cost: memory and time of a step of distillation. page: the tables of docs/distillation.md.
+evaluations. memory and time: of a step of distillation. page: the tables of docs/distillation.md.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from common import read_result, write_result
 
 
-PARTS = ("toy", "demo", "cost", "page")
+PARTS = ("toy", "demo", "memory", "time", "page")
 
 
 def main() -> None:
@@ -34,7 +34,8 @@ def main() -> None:
     for part, measured in (
         ("toy", lambda: distillation_toy.run(result.get("toy", {}), options.methods)),
         ("demo", distillation_demo.run),
-        ("cost", distillation_cost.run),
+        ("memory", distillation_cost.memory),
+        ("time", distillation_cost.time),
     ):
         if part in options.parts:
             result[part] = measured()

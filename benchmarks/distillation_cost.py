@@ -23,7 +23,7 @@ from diffusers_ext.training.distillation.stable_diffusion import Teacher
 
 # as in the repository of Stable Diffusion 1.5, at half its side
 SIZE = {"sample_size": 32, "cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280)}
-SIDE, RANKS, BATCH = 32, (8, 16, 64), 1
+SIDE, RANKS, BATCH = 32, (16, 64), 1
 ROUNDS, REPEATS, DEMO_BATCH, RATIO = (1, 4), 3, 32, 5
 
 
@@ -104,6 +104,11 @@ def arguments(folder: Path, rounds: int, lora: bool) -> list[str]:
     ]  # fmt: skip
 
 
+def time() -> dict[str, Any]:
+    """With LoRAs and in full."""
+    return {"LoRA": step_time(True), "full": step_time(False)}
+
+
 def step_time(lora: bool) -> dict[str, Any]:
     """Seconds of a round of the script, of its passes, and their ratio."""
     sys.path.insert(0, str(ROOT / "training"))
@@ -163,8 +168,3 @@ def step_time(lora: bool) -> dict[str, Any]:
         "ratio": round(statistics.median(ratios), 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
     }  # fmt: skip
-
-
-def run() -> dict[str, Any]:
-    """Memory, and time with LoRAs and in full."""
-    return {"memory": memory(), "time": {"LoRA": step_time(True), "full": step_time(False)}}

@@ -77,8 +77,7 @@ def demo_table(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def cost_table(found: dict[str, Any]) -> list[str]:
-    memory = found["memory"]
+def memory_table(memory: dict[str, Any]) -> list[str]:
     alone = memory["teacher"]
     rows = [["teacher alone, a pass forwards and backwards", f"{alone['peak_megabytes']:.0f}", ""]]
     rows += [
@@ -89,18 +88,22 @@ def cost_table(found: dict[str, Any]) -> list[str]:
         ]
         for rank, row in memory["ranks"].items()
     ]
-    lines = [
+    return [
         f"Network of the size of Stable Diffusion 1.5 ({alone['weights_megabytes']:.0f} MB in float32), 256 pixels, batch 1, AdamW:",
         "",
         table(("peak memory", "MB", "ratio"), rows),
-        "",
     ]
+
+
+def time_table(found: dict[str, Any]) -> list[str]:
     rows = [
-        [name, f"{row['round_seconds']:.2f}", f"{row['sum_of_parts_seconds']:.2f}",
-         f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})"]
-        for name, row in found["time"].items()
+        [
+            name, f"{row['round_seconds']:.2f}", f"{row['sum_of_parts_seconds']:.2f}",
+            f"{row['ratio']:.2f} ({row['ratio_range'][0]:.2f} to {row['ratio_range'][1]:.2f})",
+        ]
+        for name, row in found.items()
     ]  # fmt: skip
-    return [*lines, table(("DMD2 on the demo model", "round, s", "sum of its passes, s", "ratio (range)"), rows)]
+    return [table(("DMD2 on the demo model", "round, s", "sum of its passes, s", "ratio (range)"), rows)]
 
 
 def lines_of(rows: dict[str, Any], colours: dict[str, str], value: Any) -> dict[str, dict[int, float]]:
@@ -134,6 +137,8 @@ def write(result: dict[str, Any]) -> None:
         *toy_table(result["toy"]),
     ]
     lines += ["", "### The demo model", "", *demo_table(result["demo"])]
-    if "cost" in result:
-        lines += ["", "### Memory and time", "", *cost_table(result["cost"])]
+    if "memory" in result:
+        lines += ["", "### Memory", "", *memory_table(result["memory"])]
+    if "time" in result:
+        lines += ["", "### Time", "", *time_table(result["time"])]
     write_between(PAGE, BEGIN, END, "\n".join(lines))

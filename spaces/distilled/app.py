@@ -1,4 +1,4 @@
-"""A flow model and the students that were distilled from it, side by side: the same words, the same noise, and the
+"""A flow model and the student that was distilled from it, side by side: the same words, the same noise, and the
 seconds of each."""
 
 import time
@@ -81,8 +81,8 @@ def build() -> gr.Blocks:
     """The page."""
     with page("Many steps, four, one") as blocks:
         gr.Markdown(
-            "# Many steps, four, one\nA flow model, and students that were distilled from it to sample in four steps "
-            "and in one. All begin with the same noise."
+            "# Many steps, four, one\nA flow model, and a student that was distilled from it to sample in four steps "
+            "or in one. All begin with the same noise."
         )
         prompt = gr.Textbox(
             label="It shall show", placeholder="a blue mushroom on a yellow dotted background", max_length=300
