@@ -35,7 +35,7 @@ from diffusers_ext.training.distillation.reflow import exponential_times, interp
 
 
 SEEDS = (0, 1, 2)
-TRIED = 5
+TRIED = 6
 TEACHER = {"steps": 12_000, "batch": 512, "learning_rate": 2e-3}
 MATCHING = {"steps": 5_000, "batch": 256, "learning_rate": 2e-3, "ratio": 5, "average": 0.99}
 GAN_WEIGHT, DISCRIMINATOR_WEIGHT = 3e-3, 1e-2
