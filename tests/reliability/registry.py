@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from diffusers_ext import MRScheduler, RollingLadderScheduler, RollingTransformer1DModel
@@ -302,9 +302,39 @@ def train_rolling(run: Path) -> list[str]:
     return [*shared, *own.split(), "--train_data_dir", str(run.parent / "data"), "--output_dir", str(run)]
 
 
+def save_teacher(folder: Path) -> None:
+    pipeline = StableDiffusionPipeline(**tiny_flow_components(), requires_safety_checker=False)
+    pipeline.save_pretrained(folder / "teacher")
+
+
+def distilling(*own: str) -> Callable[[Path], list[str]]:
+    """Arguments of a script that has a teacher, a flow."""
+
+    def arguments(run: Path) -> list[str]:
+        teacher = str(run.parent / "teacher")
+        return [
+            *SHORT_RUN,
+            "--pretrained_teacher_model",
+            teacher,
+            "--validation_prompts",
+            "a star",
+            *own,
+            "--output_dir",
+            str(run),
+        ]
+
+    return arguments
+
+
+REFLOW = "--num_pairs 8 --teacher_steps 2 --max_train_steps 12".split()
+CDM = "--method cdm --num_denoising_steps 1 --longest_schedule 2 --max_train_steps 12".split()
+PGRAFT = "--reward brightness --num_prompts 4 --samples_per_prompt 2 --keep 1 --teacher_steps 2 --max_train_steps 12".split()
 SCRIPTS: tuple[Script, ...] = (
     Script("train_text_to_image", "training.train_text_to_image", 12, save_tiny_vae, train_text_to_image),
     Script("train_autoencoder", "training.train_autoencoder", 12, lambda folder: None, train_autoencoder),
     Script("train_mr_restoration", "training.train_mr_restoration", 12, lambda folder: None, train_mr_restoration),
     Script("train_rolling", "training.train_rolling", 12, save_recording, train_rolling),
+    Script("train_reflow", "training.train_reflow", 12, save_teacher, distilling(*REFLOW)),
+    Script("train_dmd", "training.train_dmd", 12, save_teacher, distilling(*CDM)),
+    Script("finetune_pgraft", "training.finetune_pgraft", 12, save_teacher, distilling(*PGRAFT)),
 )
