@@ -29,6 +29,7 @@ import pytest
 import torch
 
 from tests.helpers.fresh_process import assert_reloads_equal
+from tests.helpers.placement import in_own_memory
 
 from .base import Conformance, attempt
 
@@ -93,7 +94,7 @@ class PipelineConformance(Conformance):
         return pipe
 
     def load(self, folder: Path, **kwargs: Any) -> Any:
-        pipe = self.pipeline_class.from_pretrained(folder, **kwargs)
+        pipe = in_own_memory(self.pipeline_class.from_pretrained(folder, **kwargs))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

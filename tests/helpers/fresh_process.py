@@ -35,7 +35,8 @@ _RUN_PIPELINE = """
 import torch
 from safetensors.torch import load_file
 from tests.helpers.fresh_process import digest
-pipeline = _loaded({class_name!r}).from_pretrained({folder!r})
+from tests.helpers.placement import in_own_memory
+pipeline = in_own_memory(_loaded({class_name!r}).from_pretrained({folder!r}))
 pipeline.set_progress_bar_config(disable=True)
 inputs = dict({inputs!r}, **load_file({tensors!r}))
 inputs["generator"] = torch.Generator().manual_seed({seed})
