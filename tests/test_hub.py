@@ -44,11 +44,11 @@ def test_dtype_and_components_are_passed_on(folder):
 
 def test_without_a_name_the_variable_the_checkout_and_the_hub_are_asked_in_turn(folder, monkeypatch):
     monkeypatch.delenv("DIFFUSERS_EXT_MODEL", raising=False)
-    monkeypatch.setattr(hub, "_checkout_model", lambda name: None)
+    monkeypatch.setattr(hub, "_checkout_model", lambda name, index: None)
     assert resolve_model() == DEFAULT_MODEL_ID and resolve_model(None, "other") == "diffusers-ext/other"
-    monkeypatch.setattr(hub, "_checkout_model", lambda name: str(folder) if name == "other" else None)
+    monkeypatch.setattr(hub, "_checkout_model", lambda name, index: str(folder) if name == "other" else None)
     assert resolve_model(None, "other") == str(folder) and resolve_model() == DEFAULT_MODEL_ID
-    monkeypatch.setattr(hub, "_checkout_model", lambda name: str(folder))
+    monkeypatch.setattr(hub, "_checkout_model", lambda name, index: str(folder))
     assert resolve_model() == str(folder)
     monkeypatch.setenv("DIFFUSERS_EXT_MODEL", "someone/else")
     assert resolve_model() == "someone/else" and resolve_model(None, "other") == str(folder)

@@ -28,6 +28,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import logging
 
 from tests.helpers.fresh_process import assert_reloads_equal
+from tests.helpers.placement import in_own_memory
 from tests.helpers.tiny_models import tiny_stable_diffusion
 
 from .base import Conformance, attempt
@@ -341,7 +342,7 @@ class SchedulerConformance(Conformance):
     def test_a_pipeline_saves_and_loads_it(self, tmp_path: Path) -> None:
         pipeline, inputs = self.pipeline_with()
         pipeline.save_pretrained(tmp_path)
-        loaded = attempt("from_pretrained", type(pipeline).from_pretrained, tmp_path)
+        loaded = in_own_memory(attempt("from_pretrained", type(pipeline).from_pretrained, tmp_path))
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded.scheduler) is self.scheduler_class, f"reloaded as {type(loaded.scheduler).__name__}"
         here, there = (
