@@ -93,7 +93,8 @@ def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
     code = f"""
 import torch
 from tests.helpers.fresh_process import digest
-model = _loaded("models").RestorationUNet2DModel.from_pretrained({str(tmp_path)!r})
+from tests.helpers.placement import in_own_memory
+model = in_own_memory(_loaded("models").RestorationUNet2DModel.from_pretrained({str(tmp_path)!r}))
 print("layers", model.config.layers_per_block)
 with torch.no_grad():
     print("digest", digest(model(torch.rand(1, 6, 8, 8, generator=torch.Generator().manual_seed(1)), 7.0).sample))

@@ -13,6 +13,7 @@ from PIL import Image
 from diffusers_ext import MRRestorationPipeline
 from diffusers_ext.schedulers import MeanRevertingAdapter, MRScheduler, ResfusionScheduler
 from tests.conformance.pipelines import PipelineConformance
+from tests.helpers.placement import in_own_memory
 from tests.helpers.tiny_models import tiny_unet, tiny_vae
 from tests.helpers.tiny_restoration import tiny_restoration, tiny_restoration_unet
 
@@ -159,7 +160,7 @@ def test_the_saved_adapter_comes_back_with_its_scheduler(tmp_path: Path) -> None
     adapter = MeanRevertingAdapter("UniPCMultistepScheduler", {"solver_order": 3}, prediction_type="v_prediction")
     pipe = tiny_restoration(adapter)
     pipe.save_pretrained(tmp_path)
-    loaded = MRRestorationPipeline.from_pretrained(tmp_path)
+    loaded = in_own_memory(MRRestorationPipeline.from_pretrained(tmp_path))
     loaded.set_progress_bar_config(disable=True)
     assert loaded.scheduler.inner.config.solver_order == 3
     here, there = (
