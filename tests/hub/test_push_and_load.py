@@ -9,6 +9,7 @@ import torch
 
 from diffusers_ext import GuideAndRescalePipeline
 from tests.helpers.fresh_process import digest, facts, run_fresh
+from tests.helpers.placement import in_own_memory
 from tests.helpers.tiny_models import IMAGE_SIZE, tiny_components, tiny_latents, tiny_stable_diffusion
 
 from .loopback import LoopbackHub
@@ -35,6 +36,7 @@ ATTEMPT = """
 import json, sys, torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from tests.helpers.fresh_process import digest
+from tests.helpers.placement import in_own_memory
 from tests.helpers.tiny_models import tiny_latents
 
 def attempt(name, call):
@@ -45,7 +47,7 @@ def attempt(name, call):
     print(name, json.dumps(value))
 
 def paint(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
+    in_own_memory(pipeline).set_progress_bar_config(disable=True)
     return digest(pipeline("a red heart", num_inference_steps=2, latents=tiny_latents(), output_type="pt").images)
 """
 # A user of stock diffusers, who has never heard of this package.
@@ -79,7 +81,7 @@ attempt("foreign_replaced", lambda: StableDiffusionPipeline.from_pretrained(
 
 def edited(pipeline: GuideAndRescalePipeline) -> str:
     """Digest of a picture that the pipeline edited, the same for the same weights."""
-    pipeline.set_progress_bar_config(disable=True)
+    in_own_memory(pipeline).set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(3)) * 2 - 1
     return digest(pipeline(image, "a red heart", "a blue heart", num_inference_steps=4, output_type="pt").images)
 

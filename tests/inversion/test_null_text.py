@@ -91,17 +91,17 @@ def test_the_default_is_as_good_at_less_than_half_the_passes(fast, official, gol
 def test_gradient_checkpointing_changes_nothing():
     steps, settings = tiny_ladder(3), {"inner_steps": 4}
     plain = null_text_inversion(tiny_denoiser(), picture(), steps, **settings)
-    unet().enable_gradient_checkpointing()
+    unet(torch.float32).enable_gradient_checkpointing()
     try:
         checkpointed = null_text_inversion(tiny_denoiser(), picture(), steps, **settings)
     finally:
-        unet().disable_gradient_checkpointing()
+        unet(torch.float32).disable_gradient_checkpointing()
     assert plain.backward_passes == checkpointed.backward_passes == 3
     assert torch.equal(plain.null_embeddings, checkpointed.null_embeddings)
 
 
 def test_parameters_get_no_gradients():
-    weights = next(unet().parameters()).requires_grad_(True)
+    weights = next(unet(torch.float32).parameters()).requires_grad_(True)
     try:
         null_text_inversion(tiny_denoiser(), picture(), tiny_ladder(2), inner_steps=4)
         assert weights.grad is None

@@ -7,23 +7,25 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from diffusers_ext.inversion import DDIMLadder, Denoiser
 from tests.helpers.golden import golden, golden_path
+from tests.helpers.placement import in_own_memory
 
 
 FILE = "editing/null_text_inversion.npz"
 
 
 @cache
-def unet() -> UNet2DConditionModel:
+def unet(dtype: torch.dtype) -> UNet2DConditionModel:
     path = golden_path("editing/tiny_sd") / "unet"
-    return UNet2DConditionModel.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
+    loaded = in_own_memory(UNet2DConditionModel.from_pretrained(path, dtype=torch.float32))
+    return loaded.to(dtype).requires_grad_(False).eval()
 
 
 def run_unet(latents: torch.Tensor, timestep: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    return unet()(latents, timestep, embeddings).sample
+    return unet(embeddings.dtype)(latents, timestep, embeddings).sample
 
 
-def tiny_denoiser() -> Denoiser:
-    null, source = golden(FILE).tensor("context")
+def tiny_denoiser(dtype: torch.dtype = torch.float32) -> Denoiser:
+    null, source = golden(FILE).tensor("context").to(dtype)
     return Denoiser(run_unet, source[None], null[None])
 
 

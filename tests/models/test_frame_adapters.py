@@ -10,6 +10,7 @@ from diffusers import LTXVideoTransformer3DModel, SkyReelsV2Transformer3DModel, 
 
 from diffusers_ext import RollingLadderPipeline, RollingLadderScheduler
 from diffusers_ext.models import LTXFrameAdapter, SkyReelsV2FrameAdapter, WanFrameAdapter
+from tests.helpers.placement import in_own_memory
 
 
 WAN: dict[str, Any] = {
@@ -195,7 +196,7 @@ def test_what_is_saved_is_the_transformer_itself(kind: str, tmp_path: Path) -> N
     adapter.save_pretrained(tmp_path / "adapter")
     stock = type(adapter.transformer).from_pretrained(tmp_path / "adapter")
     assert dict(stock.config)["num_layers"] == 2
-    again: Any = type(adapter).from_pretrained(tmp_path / "adapter", height=4, width=6).eval()
+    again: Any = in_own_memory(type(adapter).from_pretrained(tmp_path / "adapter", height=4, width=6)).eval()
     again.set_prompt(words())
     with torch.no_grad():
         assert torch.equal(again(latents(), 300.0).sample, adapter(latents(), 300.0).sample)
@@ -205,7 +206,7 @@ def test_a_pipeline_with_an_adapter_loads_again(tmp_path: Path) -> None:
     pipe = pipeline(build("wan"))
     expected = pipe(num_frames=3, generator=seeded()).frames
     pipe.save_pretrained(tmp_path / "pipe")
-    loaded: Any = RollingLadderPipeline.from_pretrained(tmp_path / "pipe")
+    loaded: Any = in_own_memory(RollingLadderPipeline.from_pretrained(tmp_path / "pipe"))
     loaded.set_progress_bar_config(disable=True)
     assert isinstance(loaded.transformer, WanFrameAdapter)
     with pytest.raises(ValueError, match="height and width of the latents are missing"):

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers_ext.data.emoji_scenes import EmojiScenes
 from tests.helpers.fresh_process import digest
+from tests.helpers.placement import in_own_memory
 
 from .registry import PIPELINES
 
@@ -14,7 +15,7 @@ def digests(folder: str | None = None) -> dict[str, str]:
     """Digest of each subject's result; of pipelines loaded from `folder/<name>` instead of built if it is given."""
     found = {}
     for subject in PIPELINES:
-        pipeline: Any = subject.load(f"{folder}/{subject.name}") if folder else subject.build()
+        pipeline: Any = in_own_memory(subject.load(f"{folder}/{subject.name}")) if folder else subject.build()
         found[subject.name] = digest(subject.made(pipeline))
     scenes = EmojiScenes(resolution=16, objects=["apple", "star"])
     drawn = scenes.sample(4, seed=3)
