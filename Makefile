@@ -20,7 +20,7 @@ LINTED = $(wildcard diffusers_ext training tests benchmarks spaces docs)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test quality style bench docs data nightly reliability upstream clean
+.PHONY: help demo test quality style bench docs data nightly reliability lowest upstream clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make docs         the documentation as HTML in docs/_build/html, its gallery run anew; snippets and links are checked"
 	@echo "make data         builds the picture set of the demo model"
 	@echo "make nightly      the slow tests;  make reliability  fuzzing, kills, damaged files"
+	@echo "make lowest       the fast tests with the lowest versions that setup.cfg allows, in an environment of its own"
 	@echo "make upstream CHECKOUT=path   the suites of a diffusers checkout against our classes"
 	@echo "make clean        removes what the other targets made, except the environment"
 
@@ -85,6 +86,12 @@ nightly: $(DEV)
 
 reliability: $(DEV)
 	$(PY) -m pytest -m reliability --durations=10 $(TESTS)
+
+lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install -q --disable-pip-version-check -c constraints-lowest.txt $(PIP_FLAGS) torch
+	$(VENV)-lowest/bin/python -m pip install -q --disable-pip-version-check -c constraints-lowest.txt $(PIP_FLAGS) -e ".[dev,training]"
+	$(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal --ignore=tests/docs $(TESTS)
 
 upstream: $(DEV)
 	@test -n "$(CHECKOUT)" || { echo "name a checkout of diffusers: make upstream CHECKOUT=path" >&2; exit 2; }
