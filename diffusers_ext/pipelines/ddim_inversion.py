@@ -8,6 +8,7 @@ from ..guidance import GuidedStep, part_of_condition
 from ..inversion import ALIGNMENTS, DDIMLadder, InversionOutput, ddim_inversion_states
 from .editing import EditingMixin, PipelineImage
 from .inputs import check_finite, check_kwargs, check_size, checked_choice, checked_prompts, images_to_tensor, spread
+from .one_at_a_time import one_at_a_time
 
 
 INVERSION_METHODS = ("ddim", "negative_prompt")
@@ -16,6 +17,7 @@ INVERSION_METHODS = ("ddim", "negative_prompt")
 class DDIMInversionMixin(EditingMixin):
     """Inverts pictures by DDIM; put it before the pipeline class that has the components."""
 
+    @one_at_a_time("unet")
     @torch.no_grad()
     def invert(
         self,

@@ -38,6 +38,7 @@ from .inputs import (
     same_shape,
     spread,
 )
+from .one_at_a_time import one_at_a_time
 
 
 class GuideAndRescalePipelineOutput(EditingPipelineOutput):
@@ -52,6 +53,7 @@ class GuideAndRescaleMixin(DDIMInversionMixin):
 
     interrupt: bool  # given by the pipeline class
 
+    @one_at_a_time("unet")
     @torch.no_grad()
     def __call__(
         self,

@@ -36,6 +36,7 @@ from .inputs import (
     same_shape,
     spread,
 )
+from .one_at_a_time import one_at_a_time
 from .picture_inversion import PictureInversionMixin
 
 
@@ -50,6 +51,7 @@ class NullTextInversionMixin(PictureInversionMixin):
 
     interrupt: bool  # given by the pipeline class
 
+    @one_at_a_time("unet")
     @torch.no_grad()
     def __call__(
         self,

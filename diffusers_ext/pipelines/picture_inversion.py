@@ -32,6 +32,7 @@ from .inputs import (
     images_to_tensor,
     spread,
 )
+from .one_at_a_time import one_at_a_time
 
 
 # Settings of a method's function that `invert` has as arguments of its own.
@@ -41,6 +42,7 @@ OWN_ARGUMENTS = ("guidance_scale", "generator", "callback")
 class PictureInversionMixin(EditingMixin):
     """Inverts pictures by seven methods; put it before the pipeline class that has the components."""
 
+    @one_at_a_time("unet")
     @torch.no_grad()
     def invert(
         self,

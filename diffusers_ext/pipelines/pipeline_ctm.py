@@ -32,6 +32,7 @@ from .inputs import (
     checked_timesteps,
     given_latents,
 )
+from .one_at_a_time import one_at_a_time
 
 
 class CTMPipeline(CheckedLoadingMixin, StableDiffusionPipeline):
@@ -92,6 +93,7 @@ class CTMPipeline(CheckedLoadingMixin, StableDiffusionPipeline):
             requires_safety_checker=requires_safety_checker,
         )  # fmt: skip
 
+    @one_at_a_time("scheduler")
     @torch.no_grad()
     def __call__(
         self,

@@ -23,6 +23,7 @@ from ..schedulers import FlowChefScheduler
 from .editing import check_family
 from .flow_chef import FlowChefMixin, Steering
 from .inputs import check_kwargs, check_text_to_image, checked_choice, checked_number
+from .one_at_a_time import one_at_a_time
 from .velocity_sign import VELOCITIES, VelocitySignMixin, check_flow, is_of_flow
 
 
@@ -89,6 +90,7 @@ class FlowChefPipeline(CheckedLoadingMixin, VelocitySignMixin, FlowChefMixin, St
         )  # fmt: skip
         self.register_to_config(velocity=velocity)
 
+    @one_at_a_time("scheduler", "unet")
     @torch.no_grad()
     def __call__(
         self,

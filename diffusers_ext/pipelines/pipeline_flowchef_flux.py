@@ -17,6 +17,7 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from ..integrity import CheckedLoadingMixin
 from ..steering import PackedObjective
 from .flow_chef import FlowChefMixin, Steering
+from .one_at_a_time import one_at_a_time
 
 
 class FlowChefFluxPipeline(CheckedLoadingMixin, FlowChefMixin, FluxPipeline):
@@ -42,6 +43,7 @@ class FlowChefFluxPipeline(CheckedLoadingMixin, FlowChefMixin, FluxPipeline):
 
     _guidance_name = "true_cfg_scale"
 
+    @one_at_a_time("scheduler")
     @torch.no_grad()
     def __call__(
         self,

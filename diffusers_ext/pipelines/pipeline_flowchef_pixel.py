@@ -33,6 +33,7 @@ from .inputs import (
     images_to_tensor,
     same_shape,
 )
+from .one_at_a_time import one_at_a_time
 from .velocity_sign import VELOCITIES, VelocitySignMixin, check_flow, is_of_flow
 
 
@@ -98,6 +99,7 @@ class FlowChefPixelPipeline(CheckedLoadingMixin, VelocitySignMixin, DiffusionPip
         """Set it to True from a callback to skip the remaining steps."""
         return self._interrupt
 
+    @one_at_a_time("scheduler", "unet")
     @torch.no_grad()
     def __call__(
         self,

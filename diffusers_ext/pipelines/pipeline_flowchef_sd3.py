@@ -16,6 +16,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import S
 from ..integrity import CheckedLoadingMixin
 from .flow_chef import FlowChefMixin, Steering
 from .inputs import checked_number
+from .one_at_a_time import one_at_a_time
 
 
 class FlowChefStableDiffusion3Pipeline(CheckedLoadingMixin, FlowChefMixin, StableDiffusion3Pipeline):
@@ -38,6 +39,7 @@ class FlowChefStableDiffusion3Pipeline(CheckedLoadingMixin, FlowChefMixin, Stabl
         ```
     """
 
+    @one_at_a_time("scheduler")
     @torch.no_grad()
     def __call__(
         self,

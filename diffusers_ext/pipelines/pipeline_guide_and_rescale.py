@@ -34,8 +34,8 @@ class GuideAndRescalePipeline(CheckedLoadingMixin, GuideAndRescaleMixin, StableD
 
     It is made of the components of a `StableDiffusionPipeline` and loads from the same repositories. The scheduler only
     lends its config: sampling and inversion are deterministic DDIM, and the scheduler itself is never changed. While a call
-    runs its guided steps the UNet carries our attention processors, so calls on one pipeline must not run in parallel
-    threads.
+    runs its guided steps the UNet carries our attention processors, so a call while another thread is in one that uses the
+    same UNet raises [`PipelineBusyError`].
 
     Args:
         vae ([`AutoencoderKL`]): Picture to latents and back.

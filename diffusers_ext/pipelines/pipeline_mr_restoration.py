@@ -36,6 +36,7 @@ from .inputs import (
     pad_to_multiple,
     same_shape,
 )
+from .one_at_a_time import one_at_a_time
 
 
 PipelineImage = PIL.Image.Image | np.ndarray | torch.Tensor | list[Any]
@@ -115,6 +116,7 @@ class MRRestorationPipeline(CheckedLoadingMixin, DiffusionPipeline):
         """Set it to True from a callback to skip the remaining steps."""
         return self._interrupt
 
+    @one_at_a_time("scheduler")
     @torch.no_grad()
     def __call__(
         self,

@@ -35,7 +35,7 @@ class NullTextInversionPipeline(CheckedLoadingMixin, NullTextInversionMixin, Sta
 
     It is made of the components of a `StableDiffusionPipeline` and loads from the same repositories. The scheduler only
     lends its config and is never changed. While a call with a controller runs, the UNet carries its attention processors, so
-    calls on one pipeline must not run in parallel threads.
+    a call while another thread is in one that uses the same UNet raises [`PipelineBusyError`].
 
     Args:
         vae ([`AutoencoderKL`]): Picture to latents and back.

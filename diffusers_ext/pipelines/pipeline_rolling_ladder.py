@@ -210,19 +210,17 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
         checked_choice(output_type, "output_type", OUTPUT_TYPES)
         if num_frames is None and cond is None:
             raise ValueError("num_frames=None without cond would never end; give num_frames, or use stream()")
-        chunks = list(
-            self.stream(
-                cond, num_frames, num_inference_steps, prefix, warmup, guidance_scale, batch_size, generator,
-                noise_source, callback_on_chunk_end, lookahead,
-            )
+        stream, context = self._begin(
+            cond, num_frames, num_inference_steps, prefix, warmup, guidance_scale, batch_size, generator, noise_source,
+            callback_on_chunk_end, lookahead,
         )  # fmt: skip
+        chunks = list(self._frames(stream, context, warmup))
         if not chunks:
             raise ValueError("cond is empty, so there is no frame to make; give a condition for at least one")
         frames: Any = torch.cat(chunks, 1)
         if output_type == "np":
             frames = frames.cpu().numpy()
-        evaluations = self.network_evaluations
-        return RollingLadderPipelineOutput(frames, evaluations) if return_dict else (frames, evaluations)
+        return RollingLadderPipelineOutput(frames, stream.evaluations) if return_dict else (frames, stream.evaluations)
 
     def stream(
         self,
@@ -281,6 +279,29 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
                 raised an exception, yielded something that does not fit, or ended before `num_frames`.
             TypeError: If an argument is of a wrong type.
         """
+        return self._frames(
+            *self._begin(
+                cond, num_frames, num_inference_steps, prefix, warmup, guidance_scale, batch_size, generator,
+                noise_source, callback_on_chunk_end, lookahead,
+            ),
+            warmup,
+        )  # fmt: skip
+
+    def _begin(
+        self,
+        cond: Iterable[Any] | torch.Tensor | None,
+        num_frames: int | None,
+        num_inference_steps: int | None,
+        prefix: torch.Tensor | None,
+        warmup: str,
+        guidance_scale: float,
+        batch_size: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise_source: Callable[[int], torch.Tensor] | None,
+        callback_on_chunk_end: Callable[..., dict[str, Any] | None] | None,
+        lookahead: int | None,
+    ) -> tuple[_Stream, torch.Tensor]:
+        """Checks the arguments of [`~RollingLadderPipeline.stream`]; gives the stream and the frames before it."""
         for name in ("transformer", "scheduler"):
             if getattr(self, name, None) is None:
                 raise ValueError(f"{name}=None is missing; give one when the pipeline is built")
@@ -322,7 +343,7 @@ class RollingLadderPipeline(CheckedLoadingMixin, DiffusionPipeline):
             stream.condition = torch.zeros(count, context.shape[1], width, device=device, dtype=dtype)
             stream.known = torch.zeros(context.shape[1], dtype=torch.bool)
         self._stream = stream
-        return self._frames(stream, context, warmup)
+        return stream, context
 
     @torch.no_grad()
     def _frames(self, stream: _Stream, prefix: torch.Tensor, warmup: str) -> Iterator[torch.Tensor]:
