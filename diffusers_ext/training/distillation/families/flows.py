@@ -53,6 +53,7 @@ class StableDiffusion3(StableDiffusion):
     translator_class = None
     part = "transformer"
     tag = "sd3"
+    large_pictures = True
     taken_by = "train_reflow.py and train_dmd.py --method cdm take it"
     lora_layers = TRANSFORMER_MODULES
     loading = {}

@@ -42,12 +42,20 @@ class StableDiffusion:
     """The scripts that take it, if these are not all."""
     lora_layers: tuple[str, ...] = TARGET_MODULES
     """Ends of the names of the layers that a LoRA is put on."""
+    large_pictures: bool = False
+    """Whether pictures are so large that they pass the autoencoder one by one."""
     loading: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     """Arguments of `from_pretrained`."""
 
     def load(self, name: str) -> Any:
         """The pipeline of a folder or Hub id, in float32."""
-        return self.pipeline_class.from_pretrained(name, **self.loading, use_safetensors=True, dtype=torch.float32)
+        pipeline: Any = self.pipeline_class.from_pretrained(
+            name, **self.loading, use_safetensors=True, dtype=torch.float32
+        )
+        if self.large_pictures:
+            # a batch of 1024 pixels at once takes tens of GB
+            pipeline.vae.enable_slicing()
+        return pipeline
 
     def settle(self, pipeline: Any, resolution: int | None) -> None:
         """Takes from the pipeline what depends on the resolution of its pictures, and refuses one that it cannot paint.
@@ -154,6 +162,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_class = StableDiffusionXLPipeline
     translator_class = StableDiffusionXLImg2ImgPipeline
     tag = "stable-diffusion-xl"
+    large_pictures = True
     loading = {"add_watermarker": False}
 
     def text_encoders(self, pipeline: Any) -> list[nn.Module]:
