@@ -16,6 +16,7 @@ import torch
 from common import MODEL, ROOT, peak_memory, timed
 from diffusers import UNet2DConditionModel
 
+from diffusers_ext.training.distillation.families import StableDiffusion
 from diffusers_ext.training.distillation.matching import MatchingBatch, MatchingNetworks, fake_loss, student_loss
 from diffusers_ext.training.distillation.parameterization import NoiseSchedule
 from diffusers_ext.training.distillation.stable_diffusion import Teacher
@@ -32,6 +33,7 @@ class RandomTeacher:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
+        self.family = StableDiffusion()
         self.unet = UNet2DConditionModel(**SIZE, attention_head_dim=8).requires_grad_(False).eval()
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         self.schedule = NoiseSchedule("epsilon", (1 - betas).cumprod(0))

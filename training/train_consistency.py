@@ -4,7 +4,7 @@
     accelerate launch training/train_consistency.py --method lcm --pretrained_teacher_model pipelines/emoji-scenes-64 \
         --dataset_name emoji-scenes --objects demo --output_dir runs/lcm --resume_from_checkpoint latest
 
-The output folder loads with `StableDiffusionPipeline.from_pretrained(output_dir)`. See training/README.md.
+The output folder loads with `DiffusionPipeline.from_pretrained(output_dir)`. See training/README.md.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from diffusers_ext.training.arguments import (
 )
 from diffusers_ext.training.coupling import COUPLINGS
 from diffusers_ext.training.data import make_source
+from diffusers_ext.training.distillation.families import UNETS
 from diffusers_ext.training.distillation.methods import (
     ConsistencyMethod,
     ConsistencyTrajectory,
@@ -144,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     device = accelerator.device
     source = make_source(args, device)
-    teacher = Teacher(args.pretrained_teacher_model, device)
+    teacher = Teacher(args.pretrained_teacher_model, device, UNETS, args.resolution)
     scheduler = few_step_scheduler(teacher, args.num_ddim_timesteps, args.timestep_scaling_factor)
     student = DistilledUNet(
         teacher, args.lora_rank if args.use_lora else None, args.unet_time_cond_proj_dim, args.seed
@@ -200,20 +201,20 @@ def main(args: argparse.Namespace) -> None:
 
     def write(folder: Path) -> None:
         save_student(teacher, student, scheduler, folder, args.export_dtype)
-        write_model_card(folder, args, trainer, prompts, guidance_scale, metrics)
+        write_model_card(folder, args, trainer, teacher, prompts, guidance_scale, metrics)
 
     finish_run(trainer, write)
 
 
-def guidance_note(args: argparse.Namespace) -> str:
+def guidance_note(args: argparse.Namespace, family: str) -> str:
     bounds = [] if args.method == "slct" else sorted({args.w_min + 1, args.w_max + 1})
     scales = " to ".join(f"{bound:g}" for bound in bounds)
     if args.method == "slct":
         note = "It was trained without guidance: `guidance_scale=1`; more costs a second pass."
     elif args.method == "ctm":
         note = (
-            f"Guidance of {scales} is part of the weights: `guidance_scale=1`, which tells the network to jump to the clean end; "
-            "`diffusers_ext.CTMPipeline` tells it any level."
+            f"Guidance of {scales} is part of the weights: `guidance_scale=1`, which tells the network to jump to the clean end"
+            + ("; `diffusers_ext.CTMPipeline` tells it any level." if family == "StableDiffusionPipeline" else ".")
         )
     elif args.use_lora:
         note = f"Guidance of {scales} is part of the weights: `guidance_scale=1`."
@@ -227,24 +228,24 @@ def write_model_card(
     folder: Path,
     args: argparse.Namespace,
     trainer: Trainer,
+    teacher: Teacher,
     prompts: list[str],
     scale: float,
     metrics: dict[str, float],
 ) -> None:
-    name = args.hub_model_id or Path(args.output_dir).name
-    teacher = Path(args.pretrained_teacher_model).name
+    name, family = args.hub_model_id or Path(args.output_dir).name, teacher.family.pipeline_class.__name__
     description = (
-        f"`{teacher}` distilled to {args.num_inference_steps} steps by {NAMES[args.method]} with "
+        f"`{Path(args.pretrained_teacher_model).name}` distilled to {args.num_inference_steps} steps by {NAMES[args.method]} with "
         f"`training/train_consistency.py`, on {trainer.step * trainer.global_batch_size:,} samples. "
-        f"{guidance_note(args)} "
+        f"{guidance_note(args, family)} "
         f"Loss on captions never trained on: {metrics['validation_loss']:.4f}.\n\n"
         f"![samples](samples.png)\n\nFirst row: {'; '.join(prompts[:8])}.\n\n"
-        "```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f'pipe = StableDiffusionPipeline.from_pretrained("{name}")\n'
+        f"```python\nfrom diffusers import {family}\n\n"
+        f'pipe = {family}.from_pretrained("{name}")\n'
         f'image = pipe("{prompts[0]}", num_inference_steps={args.num_inference_steps}, guidance_scale={scale:g}).images[0]\n'
         "```"
     )
-    tags = ["diffusers", "text-to-image", "stable-diffusion", args.method, "diffusers-ext"] + ["lora"] * args.use_lora
+    tags = ["diffusers", "text-to-image", teacher.family.tag, args.method, "diffusers-ext"] + ["lora"] * args.use_lora
     write_card(folder, Path(args.output_dir).name, description, args, tags)
 
 

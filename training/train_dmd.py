@@ -4,7 +4,7 @@
     accelerate launch training/train_dmd.py --method dmd2 --pretrained_teacher_model pipelines/emoji-scenes-64 --use_lora \
         --dataset_name emoji-scenes --objects demo --real_guidance_scale 4 --output_dir runs/dmd --resume_from_checkpoint latest
 
-The output folder loads with `StableDiffusionPipeline.from_pretrained(output_dir)`. See training/README.md.
+The output folder loads with `DiffusionPipeline.from_pretrained(output_dir)`. See training/README.md.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from diffusers_ext.training.arguments import (
 )
 from diffusers_ext.training.data import FolderSource, make_source
 from diffusers_ext.training.distillation.f_divergence import F_DIVERGENCES, DensityRatioWeights
+from diffusers_ext.training.distillation.families import FAMILIES, UNETS
 from diffusers_ext.training.distillation.matching import FAKE, MatchingNetworks
 from diffusers_ext.training.distillation.matching_methods import make_matching_method
 from diffusers_ext.training.distillation.stable_diffusion import STUDENT, Teacher, begin_at, save_student
@@ -142,7 +143,8 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     device = accelerator.device
     source = make_source(args, device)
-    teacher = Teacher(args.pretrained_teacher_model, device)
+    families = FAMILIES if args.method == "cdm" else UNETS
+    teacher = Teacher(args.pretrained_teacher_model, device, families, args.resolution, args.real_guidance_scale)
     weights = None
     if args.method == "fdistill":
         weights = DensityRatioWeights(
@@ -154,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
         method.backward_simulation, args.seed,
     )  # fmt: skip
     if args.pretrained_student_model:
-        begin_at(networks.student, args.pretrained_student_model)
+        begin_at(networks.student, args.pretrained_student_model, teacher.family.part)
     trainer = AlternatingTrainer(
         args, accelerator, networks,
         networks.players(args.learning_rate, args.fake_learning_rate, args.fake_update_ratio, args.fake_pull or 0.0),
@@ -210,7 +212,8 @@ def main(args: argparse.Namespace) -> None:
         with networks.active(STUDENT):
             sheet = sample_sheet(
                 teacher.student_pipeline(networks.student, method.scheduler, method.family), prompts, args.seed,
-                keywords.get("image"), num_inference_steps=args.num_denoising_steps, guidance_scale=1.0, **keywords,
+                keywords.get("image"), num_inference_steps=args.num_denoising_steps,
+                guidance_scale=teacher.student_scale, **keywords,
             )  # fmt: skip
         return {}, sheet
 
@@ -219,21 +222,32 @@ def main(args: argparse.Namespace) -> None:
 
     def write(folder: Path) -> None:
         save_student(teacher, networks, method.scheduler, folder, args.export_dtype, method.family)
-        write_model_card(folder, args, trainer, prompts, method.family.__name__)
+        write_model_card(folder, args, trainer, prompts, method.family, teacher)
 
     finish_run(trainer, write)
 
 
+def guidance_note(teacher: Teacher) -> str:
+    where = "told to the network, as in training" if teacher.reads_guidance else "part of the weights"
+    return f"{where}: `guidance_scale={teacher.student_scale:g}`"
+
+
 def write_model_card(
-    folder: Path, args: argparse.Namespace, trainer: AlternatingTrainer, prompts: list[str], family: str
+    folder: Path,
+    args: argparse.Namespace,
+    trainer: AlternatingTrainer,
+    prompts: list[str],
+    kind: type[Any] | None,
+    teacher: Teacher,
 ) -> None:
+    family = (kind or teacher.family.pipeline_class).__name__
     method = NAMES[args.method] + (f" ({args.divergence})" if args.divergence else "")
     adapter = (
         "\n\n`pytorch_lora_weights.safetensors` is the same as an adapter, for `load_lora_weights` on the teacher with the "
         "scheduler of this folder."
     )
     steps, translates = args.num_denoising_steps, args.method == "rdmd"
-    call = f'image = pipe("{prompts[0]}", num_inference_steps={steps}, guidance_scale=1).images[0]'
+    call = f'image = pipe("{prompts[0]}", num_inference_steps={steps}, guidance_scale={teacher.student_scale:g}).images[0]'
     legend = f"First row: {'; '.join(prompts[:8])}."
     imports = f"from diffusers import {family}\n" + "from diffusers.utils import load_image\n" * translates
     made = "a translator of one step" if translates else f"{steps} steps"
@@ -246,14 +260,14 @@ def write_model_card(
     description = (
         f"`{Path(args.pretrained_teacher_model).name}` distilled to {made} by {method} with "
         f"`training/train_dmd.py`, {trainer.step:,} steps of the student on {trainer.global_batch_size} samples each. Guidance "
-        f"of {args.real_guidance_scale:g} is part of the weights: `guidance_scale=1`.{adapter if args.use_lora else ''}\n\n"
+        f"of {args.real_guidance_scale:g} is {guidance_note(teacher)}.{adapter if args.use_lora else ''}\n\n"
         f"![samples](samples.png)\n\n{legend}\n\n"
         f"```python\n{imports}\n"
         f'pipe = {family}.from_pretrained("{args.hub_model_id or Path(args.output_dir).name}")\n'
         f"{call}\n```"
     )
     task = "image-to-image" if translates else "text-to-image"
-    tags = ["diffusers", task, "stable-diffusion", args.method, "diffusers-ext", *(["lora"] * args.use_lora)]
+    tags = ["diffusers", task, teacher.family.tag, args.method, "diffusers-ext", *(["lora"] * args.use_lora)]
     write_card(folder, Path(args.output_dir).name, description, args, tags)
 
 

@@ -4,7 +4,7 @@
     accelerate launch training/train_guidance_distillation.py --pretrained_teacher_model pipelines/emoji-scenes-64 \
         --dataset_name emoji-scenes --objects demo --use_lora --output_dir runs/agd --resume_from_checkpoint latest
 
-The output folder loads with `StableDiffusionPipeline.from_pretrained(output_dir)`. See training/README.md.
+The output folder loads with `DiffusionPipeline.from_pretrained(output_dir)`. See training/README.md.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from diffusers_ext.training.arguments import (
     positive_int,
 )
 from diffusers_ext.training.data import make_source
+from diffusers_ext.training.distillation.families import UNETS
 from diffusers_ext.training.distillation.guidance import relative_error
 from diffusers_ext.training.distillation.guided_points import GuidanceStudent, PointBatch, make_points
 from diffusers_ext.training.distillation.stable_diffusion import Teacher
@@ -69,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     device = accelerator.device
     source = make_source(args, device)
-    teacher = Teacher(args.pretrained_teacher_model, device)
+    teacher = Teacher(args.pretrained_teacher_model, device, UNETS, args.resolution)
     points = make_points(args, teacher, source, accelerator)
     student = GuidanceStudent(
         teacher, args.lora_rank if args.use_lora else None, args.unet_time_cond_proj_dim, args.seed
@@ -99,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
         return float(relative_error(said, wanted))
 
     def unguided(sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return teacher.unet(sample, timesteps, words).sample
+        return teacher.denoise(sample, timesteps, words)
 
     held_out = points.held_out()
     prompts = list(args.validation_prompts or source.captions(source.draw(0, 24, "held_out")))
@@ -122,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
         errors = metrics["relative_error"], error_of(unguided, held_out)
         pipeline = teacher.student_pipeline(student.plain_unet(), teacher.pipeline.scheduler)
         save_pipeline(pipeline, folder, args.export_dtype)
-        write_model_card(folder, args, trainer, prompts, scale, *errors)
+        write_model_card(folder, args, trainer, teacher, prompts, scale, *errors)
 
     finish_run(trainer, write)
 
@@ -131,12 +132,14 @@ def write_model_card(
     folder: Path,
     args: argparse.Namespace,
     trainer: Trainer,
+    teacher: Teacher,
     prompts: list[str],
     scale: float,
     error: float,
     before: float,
 ) -> None:
     name, steps = args.hub_model_id or Path(args.output_dir).name, args.trajectory_steps
+    family = teacher.family.pipeline_class.__name__
     description = (
         f"`{Path(args.pretrained_teacher_model).name}` with guidance in one pass instead of two, by guidance distillation "
         f"with `training/train_guidance_distillation.py`, on {trainer.step * trainer.global_batch_size:,} points of "
@@ -145,11 +148,11 @@ def write_model_card(
         f"A negative prompt is not read.\n\nRelative squared error of its predictions on guided runs never trained on: "
         f"{100 * error:.2f} %; without guidance the teacher is {100 * before:.2f} % off.\n\n"
         f"![samples](samples.png)\n\nFirst row: {'; '.join(prompts[:8])}.\n\n"
-        "```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f'pipe = StableDiffusionPipeline.from_pretrained("{name}")\n'
+        f"```python\nfrom diffusers import {family}\n\n"
+        f'pipe = {family}.from_pretrained("{name}")\n'
         f'image = pipe("{prompts[0]}", num_inference_steps={steps}, guidance_scale={scale:g}).images[0]\n```'
     )
-    tags = ["diffusers", "text-to-image", "stable-diffusion", "guidance-distillation", "diffusers-ext"]
+    tags = ["diffusers", "text-to-image", teacher.family.tag, "guidance-distillation", "diffusers-ext"]
     write_card(folder, Path(args.output_dir).name, description, args, [*tags, *(["lora"] * args.use_lora)])
 
 

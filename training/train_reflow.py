@@ -4,7 +4,7 @@
     accelerate launch training/train_reflow.py --pretrained_teacher_model pipelines/emoji-scenes-flow \
         --dataset_name emoji-scenes --objects demo --output_dir runs/reflow --resume_from_checkpoint latest
 
-The output folder loads with `StableDiffusionPipeline.from_pretrained(output_dir)`. See training/README.md.
+The output folder loads with `DiffusionPipeline.from_pretrained(output_dir)`. See training/README.md.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from diffusers_ext.training.arguments import (
     share,
 )
 from diffusers_ext.training.data import make_source
+from diffusers_ext.training.distillation.families import FAMILIES
 from diffusers_ext.training.distillation.flow_pairs import (
     FlowPairs,
     euler_scheduler,
@@ -107,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     device = accelerator.device
     source = make_source(args, device)
-    teacher = Teacher(args.pretrained_teacher_model, device)
+    teacher = Teacher(args.pretrained_teacher_model, device, FAMILIES, args.resolution, args.teacher_guidance_scale)
     scheduler = euler_scheduler(teacher)
     # faster, and the same to the bit whether the student is this network or a copy of it
     teacher.unet.to(memory_format=torch.channels_last)
@@ -116,7 +117,7 @@ def main(args: argparse.Namespace) -> None:
     pairs = FlowPairs(args, source, teacher, scheduler, latent_shape)
     student = DistilledUNet(teacher, args.lora_rank if args.use_lora else None, None, args.seed)
     if args.pretrained_student_model:
-        begin_at(student.unet, args.pretrained_student_model)
+        begin_at(student.unet, args.pretrained_student_model, teacher.family.part)
     # before the pairs, which take long: it may refuse to begin
     trainer = Trainer(args, accelerator, student)
     pairs.prepare(accelerator)
@@ -142,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     noise = torch.randn((VALIDATION_ITEMS, *latent_shape), generator=stream(args.seed, 0, "validation-noise")).to(
         device
     )
-    few = solver_levels(scheduler, args.num_inference_steps)
+    few = solver_levels(scheduler, args.num_inference_steps, teacher.family)
     before, wanted = measure_flow(
         guided_velocity(teacher, words, args.teacher_guidance_scale), noise, args.teacher_steps, few,
         num_train_timesteps=train_timesteps,
@@ -156,8 +157,9 @@ def main(args: argparse.Namespace) -> None:
         )  # fmt: skip
         with student.active():
             sheet = sample_sheet(
-                teacher.student_pipeline(student.unet, scheduler), prompts, args.seed, guidance_scale=1.0,
-                num_inference_steps=args.num_inference_steps, height=args.resolution, width=args.resolution,
+                teacher.student_pipeline(student.unet, scheduler), prompts, args.seed,
+                guidance_scale=teacher.student_scale, num_inference_steps=args.num_inference_steps,
+                height=args.resolution, width=args.resolution,
             )  # fmt: skip
         return metrics, sheet
 
@@ -166,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
 
     def write(folder: Path) -> None:
         save_student(teacher, student, scheduler, folder, args.export_dtype)
-        write_model_card(folder, args, trainer, prompts, before, after)
+        write_model_card(folder, args, trainer, teacher, prompts, before, after)
 
     finish_run(trainer, write)
 
@@ -175,14 +177,16 @@ def write_model_card(
     folder: Path,
     args: argparse.Namespace,
     trainer: Trainer,
+    taught_by: Teacher,
     prompts: list[str],
     before: dict[str, float],
     after: dict[str, float],
 ) -> None:
     teacher, steps = Path(args.pretrained_teacher_model).name, args.num_inference_steps
+    family, scale = taught_by.family.pipeline_class.__name__, f"guidance_scale={taught_by.student_scale:g}"
     built_in = (
         ""
-        if args.teacher_guidance_scale == 1.0
+        if args.teacher_guidance_scale == taught_by.student_scale
         else f"Guidance of {args.teacher_guidance_scale:g} is part of the weights: "
     )
     adapter = (
@@ -192,17 +196,17 @@ def write_model_card(
     description = (
         f"`{teacher}` straightened by ReFlow with `training/train_reflow.py`, on {args.num_pairs:,} paths of {args.teacher_steps} "
         f"Euler steps and {trainer.step * trainer.global_batch_size:,} samples of them. {built_in}sample it with "
-        f"`guidance_scale=1`.{adapter if args.use_lora else ''}\n\n"
+        f"`{scale}`.{adapter if args.use_lora else ''}\n\n"
         f"| on {VALIDATION_ITEMS} noises and captions never trained on | `{teacher}` | this model |\n| --- | --- | --- |\n"
         f"| straightness S, 0 is straight | {before['straightness']:.4f} | {after['straightness']:.4f} |\n"
         f"| squared distance of {steps} Euler steps from {args.teacher_steps} of `{teacher}` | {before['few_step_error']:.4f} | "
         f"{after['few_step_error']:.4f} |\n\n"
         f"![samples](samples.png)\n\nFirst row: {'; '.join(prompts[:8])}.\n\n"
-        "```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f'pipe = StableDiffusionPipeline.from_pretrained("{args.hub_model_id or Path(args.output_dir).name}")\n'
-        f'image = pipe("{prompts[0]}", num_inference_steps={steps}, guidance_scale=1).images[0]\n```'
+        f"```python\nfrom diffusers import {family}\n\n"
+        f'pipe = {family}.from_pretrained("{args.hub_model_id or Path(args.output_dir).name}")\n'
+        f'image = pipe("{prompts[0]}", num_inference_steps={steps}, {scale}).images[0]\n```'
     )
-    tags = ["diffusers", "text-to-image", "stable-diffusion", "rectified-flow", "reflow", "diffusers-ext"]
+    tags = ["diffusers", "text-to-image", taught_by.family.tag, "rectified-flow", "reflow", "diffusers-ext"]
     write_card(folder, Path(args.output_dir).name, description, args, [*tags, *(["lora"] * args.use_lora)])
 
 

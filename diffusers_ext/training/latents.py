@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +140,29 @@ def read_kept(file: Path, cure: str, *names: str) -> dict[str, torch.Tensor]:
 
 
 def encoder_of(vae: AutoencoderKL) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The map from pictures to scaled latents (the mode of the posterior), without gradients."""
+    """The map from pictures to scaled latents (the mode of the posterior), without gradients.
+
+    Mean and deviation of the channels, or a shift, are taken out first where the autoencoder's config has them: the inverse of
+    what the stock pipelines do.
+    """
+    mean, deviation = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    shift = vae.config.get("shift_factor")
 
     @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        return vae.encode(images.to(vae.dtype)).latent_dist.mode().float() * vae.config.scaling_factor
+        latents = vae.encode(images.to(vae.dtype)).latent_dist.mode().float()
+        if mean is not None and deviation is not None:
+            latents = (latents - per_channel(mean, latents)) / per_channel(deviation, latents)
+        elif shift:
+            latents = latents - shift
+        return latents * vae.config.scaling_factor
 
     return encode
+
+
+def per_channel(values: Sequence[float], latents: torch.Tensor) -> torch.Tensor:
+    """A number for each channel of latents (n, c, h, w), as (1, c, 1, 1)."""
+    return latents.new_tensor(values).reshape(1, -1, 1, 1)
 
 
 def cache_name(vae: AutoencoderKL, **settings: Any) -> str:
@@ -159,6 +175,9 @@ def digest_name(kind: str, settings: Mapping[str, Any], *models: nn.Module) -> s
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
     for model in models:
         digest.update(str(getattr(model.config, "scaling_factor", None)).encode())
+        for name in ("shift_factor", "latents_mean", "latents_std"):
+            if getattr(model.config, name, None):
+                digest.update(f"{name} {getattr(model.config, name)}".encode())
         for name, value in sorted(model.state_dict().items()):
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return f"{kind}-{digest.hexdigest()[:16]}.safetensors"

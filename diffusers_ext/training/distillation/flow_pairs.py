@@ -15,16 +15,18 @@ import math
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import SchedulerMixin
 
 from ..data import Source
 from ..latents import digest_name, read_kept
 from ..parts import make_in_parts
 from ..streams import epoch_rows, stream
 from .checks import check_range, check_same_shape
+from .families import StableDiffusion, family_of
 from .lcm import guided
 from .reflow import mixed_pairs, straightness
 from .stable_diffusion import Teacher
@@ -85,18 +87,18 @@ def even_levels(steps: int, num_train_timesteps: int = 1000) -> tuple[torch.Tens
     return sigmas, sigmas[:-1] * num_train_timesteps
 
 
-def solver_levels(scheduler: DPMSolverMultistepScheduler, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels (steps + 1,) and timesteps (steps,) that a pipeline with this scheduler goes through."""
+def solver_levels(
+    scheduler: Any, steps: int, family: StableDiffusion | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels (steps + 1,) and timesteps (steps,) that a pipeline of this family, default Stable Diffusion, goes through."""
     check_range("steps", steps, 1, scheduler.config.num_train_timesteps)
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
+    (family or StableDiffusion()).set_timesteps(scheduler, steps)
     return scheduler.sigmas, scheduler.timesteps
 
 
-def euler_scheduler(teacher: Teacher) -> DPMSolverMultistepScheduler:
+def euler_scheduler(teacher: Teacher) -> SchedulerMixin:
     """The stock scheduler that runs Euler's method on the levels of a teacher's flow.
-
-    It is the multistep solver of order 1: the flow-matching schedulers lack what the Stable Diffusion pipeline asks for.
 
     Raises:
         ValueError: If the teacher is no flow.
@@ -106,17 +108,7 @@ def euler_scheduler(teacher: Teacher) -> DPMSolverMultistepScheduler:
             f"the teacher predicts {teacher.schedule.prediction_type} on a diffusion schedule, and ReFlow straightens flows; "
             f"give a teacher of flow_prediction, for example of train_text_to_image.py --prediction_type flow"
         )
-    config = dict(teacher.pipeline.scheduler.config)
-    return DPMSolverMultistepScheduler.from_config(
-        {name: value for name, value in config.items() if not name.startswith("_")},
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=config.get("flow_shift", config.get("shift", 1.0)),
-        algorithm_type="dpmsolver++",
-        solver_order=1,
-        final_sigmas_type="zero",
-        steps_offset=1,  # not used on flow sigmas; the stock pipeline warns about any other value
-    )
+    return family_of(teacher.pipeline).euler_scheduler(teacher.pipeline)
 
 
 def guided_velocity(teacher: Teacher, words: torch.Tensor, guidance_scale: float) -> Velocity:
@@ -125,12 +117,13 @@ def guided_velocity(teacher: Teacher, words: torch.Tensor, guidance_scale: float
     Args:
         teacher: A flow.
         words: Embeddings of the prompts (n, length, width).
-        guidance_scale: As in the pipeline; 1 is one pass without guidance.
+        guidance_scale: As in the pipeline; 1 is one pass without guidance. A teacher that reads the guidance makes one pass with
+            its own.
     """
 
     def velocity(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        if guidance_scale == 1.0:
-            return teacher.unet(sample, timesteps, words).sample
+        if guidance_scale == 1.0 or teacher.reads_guidance:
+            return teacher.denoise(sample, timesteps, words)
         w = torch.full((len(sample),), guidance_scale - 1.0, device=sample.device)
         return guided(*teacher.predictions(sample, timesteps, words), w)
 
@@ -195,7 +188,7 @@ class FlowPairs:
         args: Namespace,
         source: Source,
         teacher: Teacher,
-        scheduler: DPMSolverMultistepScheduler,
+        scheduler: SchedulerMixin,
         shape: tuple[int, ...],
     ):
         if args.inverted_share and args.teacher_guidance_scale != 1.0:
@@ -206,7 +199,7 @@ class FlowPairs:
         self.seed, self.length, self.share = args.seed, args.num_pairs, args.inverted_share
         self.source, self.teacher, self.shape = source, teacher, tuple(shape)
         self.guidance_scale = args.teacher_guidance_scale
-        self.sigmas, self.timesteps = solver_levels(scheduler, args.teacher_steps)
+        self.sigmas, self.timesteps = solver_levels(scheduler, args.teacher_steps, teacher.family)
         # a pair of either kind is seen about equally often
         self.inverted = math.ceil(self.share * self.length)
         prompts = source.captions(source.draw(0, self.length), 0)
@@ -222,7 +215,7 @@ class FlowPairs:
                 name: getattr(args, name) for name in ("seed", "num_pairs", "teacher_guidance_scale", "inverted_share")
             },
         }
-        models = [teacher.unet, teacher.pipeline.text_encoder]
+        models = [teacher.unet, *teacher.text_encoders]
         if self.inverted:
             names = ("dataset_name", "train_data_dir", "vendors", "objects", "resolution", "image_column")
             settings.update({name: getattr(args, name) for name in names})

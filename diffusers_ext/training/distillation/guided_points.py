@@ -1,6 +1,6 @@
-r"""What a student of guidance distillation learns from, and the student, in the layout of Stable Diffusion.
+r"""What a student of guidance distillation learns from, and the student, in the layouts of Stable Diffusion and SDXL.
 
-The pipelines of diffusers guide by uncond + s (cond - uncond) with s = `guidance_scale`, in two passes. To a UNet with
+Their pipelines guide by uncond + s (cond - uncond) with s = `guidance_scale`, in two passes. To a UNet with
 a `time_cond_proj_dim` they tell w = s - 1 instead and make one pass. The student has this input, so that they run it:
     loss = mean ||student(x_t, t, prompt, w) - (uncond + (w + 1) (cond - uncond))||^2 over points x_t of guided runs.
 """
@@ -204,7 +204,7 @@ def make_points(args: Namespace, teacher: Teacher, source: Source, accelerator: 
         "scheduler": type(scheduler).__name__,
         "config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
     }  # fmt: skip
-    name = digest_name("guided", settings, teacher.unet, teacher.pipeline.text_encoder)
+    name = digest_name("guided", settings, teacher.unet, *teacher.text_encoders)
     return GuidedPoints(
         Path(args.output_dir) / name, accelerator, teacher, input_ids, scale, args.trajectory_steps, latent_shape,
         args.seed, HELD_OUT_RUNS,

@@ -11,9 +11,9 @@ import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ..adapters import SharedBase
@@ -58,12 +58,15 @@ class MatchingNetworks(nn.Module):
     """Student, fake score and discriminator.
 
     Args:
-        teacher: The frozen teacher; with a LoRA its UNet carries the adapters.
+        teacher: The frozen teacher; with a LoRA its denoiser carries the adapters.
         num_denoising_steps: Steps of the student, 1 or more.
         lora_rank: Rank of both adapters; `None` trains two full copies.
         gan: Whether there is a discriminator.
         backward_simulation: Whether paths start from noise and follow the student; else from noised pictures.
         seed: Seed of the initial weights of adapters and head.
+
+    Raises:
+        ValueError: For a discriminator on a transformer.
     """
 
     def __init__(
@@ -76,8 +79,12 @@ class MatchingNetworks(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
+        if gan and not hasattr(teacher.unet, "mid_block"):
+            raise ValueError(
+                f"gan=True needs the bottleneck of a UNet, which a {type(teacher.unet).__name__} lacks; leave the discriminator out"
+            )
         self.backward_simulation = backward_simulation
-        self.schedule = teacher.schedule
+        self.family, self.schedule = teacher.family, teacher.schedule
         self.timesteps = few_step_timesteps(num_denoising_steps, self.schedule.num_train_timesteps)
         self.base: SharedBase | None = None
         if lora_rank is None:
@@ -85,7 +92,7 @@ class MatchingNetworks(nn.Module):
             self.fake = copy.deepcopy(teacher.unet).requires_grad_(True)
         else:
             self.student = self.fake = teacher.unet
-            self.base = SharedBase(teacher.unet, [STUDENT, FAKE], rank=lora_rank, seed=seed)
+            self.base = SharedBase(teacher.unet, [STUDENT, FAKE], lora_rank, self.family.lora_layers, seed)
         self.head: DiscriminatorHead | None = None
         if gan:
             with torch.random.fork_rng(devices=[]):
@@ -142,7 +149,7 @@ class MatchingNetworks(nn.Module):
     def predict(self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """The student's prediction, in float32."""
         with self.active(STUDENT):
-            return self.student(sample, timesteps, words).sample.float()
+            return self.family.denoise(self.student, sample, timesteps, words).float()
 
     def clean(self, sample: torch.Tensor, timestep: int, words: torch.Tensor) -> torch.Tensor:
         """The student's clean latents for noisy ones at one timestep."""
@@ -153,8 +160,11 @@ class MatchingNetworks(nn.Module):
         self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The fake score's prediction, and logits (n, 1) of the discriminator if there is one."""
-        with self.active(FAKE), captured(self.fake.mid_block) as features:
-            prediction = self.fake(sample, timesteps, words).sample.float()
+        watched: AbstractContextManager[list[torch.Tensor]] = (
+            captured(self.fake.mid_block) if self.head else nullcontext([])
+        )
+        with self.active(FAKE), watched as features:
+            prediction = self.family.denoise(self.fake, sample, timesteps, words).float()
         return prediction, self.head(features[0]) if self.head else None
 
     def generated(self, batch: MatchingBatch) -> torch.Tensor:
@@ -170,8 +180,8 @@ class MatchingNetworks(nn.Module):
                 sample = self._noised(done, batch.path[i + 1], self.timesteps[i + 1])
         return self.clean(sample, timestep, batch.words)
 
-    def plain_unet(self) -> UNet2DConditionModel:
-        """The student as a stock UNet; a LoRA is merged into a copy."""
+    def plain_unet(self) -> Any:
+        """The student as a stock network; a LoRA is merged into a copy."""
         return merged_unet(self.base, STUDENT) if self.base else self.student
 
     def _noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:

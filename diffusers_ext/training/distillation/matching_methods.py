@@ -8,7 +8,7 @@ from argparse import Namespace
 from typing import Protocol
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..objectives import per_sample, stratified_uniform
 from ..streams import stream
@@ -24,6 +24,7 @@ from .cdm import (
 )
 from .checks import check_range
 from .f_divergence import DensityRatioWeights
+from .families import family_of
 from .flow_pairs import euler_scheduler, solver_levels
 from .matching import MatchingBatch, MatchingNetworks, fake_loss, student_loss
 from .stable_diffusion import Teacher, few_step_scheduler
@@ -38,8 +39,8 @@ class MatchingMethod(Protocol):
 
     scheduler: SchedulerMixin
     """What the student is sampled with."""
-    family: type[DiffusionPipeline]
-    """Class of the pipeline that samples it."""
+    family: type[DiffusionPipeline] | None
+    """Class of the pipeline that samples it; `None` for the teacher's."""
     needs_pictures: bool
     backward_simulation: bool
     """As `MatchingNetworks` asks."""
@@ -75,7 +76,7 @@ class DistributionMatching:
         ValueError: If the teacher is a flow.
     """
 
-    family: type[DiffusionPipeline] = StableDiffusionPipeline
+    family: type[DiffusionPipeline] | None = None
     transport_lambda = 0.0
 
     def __init__(
@@ -128,8 +129,8 @@ class DistributionMatching:
 class RegularizedMatching(DistributionMatching):
     """RDMD: one step that translates a picture into one that the teacher's prompt fits, at a cost of transport.
 
-    The step is the last of `num_denoising_steps`, from the picture noised to its timestep: what `StableDiffusionImg2ImgPipeline`
-    does with a strength of 1 / `num_denoising_steps`. The paper's generator reads the picture without noise, which no stock
+    The step is the last of `num_denoising_steps`, from the picture noised to its timestep: what the image-to-image pipeline of the
+    teacher's family does with a strength of 1 / `num_denoising_steps`. The paper's generator reads the picture without noise, which no stock
     pipeline does. `real` are latents of the pictures that are translated.
 
     Args:
@@ -143,15 +144,13 @@ class RegularizedMatching(DistributionMatching):
         ValueError: If the teacher is a flow, or for numbers out of range.
     """
 
-    family: type[DiffusionPipeline] = StableDiffusionImg2ImgPipeline
-
     def __init__(
         self, teacher: Teacher, seed: int, num_denoising_steps: int, guidance_scale: float, transport_lambda: float
     ):
         check_range("num_denoising_steps", num_denoising_steps, 2)
         check_range("transport_lambda", transport_lambda, 0.0)
         super().__init__(teacher, seed, num_denoising_steps, guidance_scale, 0.0, 0.0, backward_simulation=False)
-        self.transport_lambda = transport_lambda
+        self.transport_lambda, self.family = transport_lambda, teacher.family.translator_class
 
     def draws(self, shape: tuple[int, ...], step: int) -> tuple[torch.Tensor, ...]:
         """As in `DistributionMatching`, always with the last step."""
@@ -166,7 +165,8 @@ class ContinuousMatching:
         x_{k+1} = x_k + (sigma_{k+1} - sigma_k) v(x_k, sigma_k),
     and the inner levels are drawn from a range that holds those of the scheduler. Levels and step are drawn for each sample by
     itself; x_i and the point off the trajectory are inputs, through which no gradient goes. The guidance s of the teacher is in
-    the first term: D_cond + (s - 1) (D_cond - D_uncond) is the sample that guidance leads to, so alpha = s - 1.
+    the first term: D_cond + (s - 1) (D_cond - D_uncond) is the sample that guidance leads to, so alpha = s - 1. A teacher that is
+    told the guidance has it in its one pass, and there is no such term.
 
     Args:
         teacher: The frozen teacher, a flow.
@@ -179,7 +179,7 @@ class ContinuousMatching:
         ValueError: If the teacher is no flow, or for numbers out of range.
     """
 
-    family: type[DiffusionPipeline] = StableDiffusionPipeline
+    family: type[DiffusionPipeline] | None = None
     needs_pictures = False
     backward_simulation = True
 
@@ -194,9 +194,11 @@ class ContinuousMatching:
         check_range("guidance_scale", guidance_scale, 1.0)
         check_range("longest_schedule", longest_schedule, 1)
         self.scheduler = euler_scheduler(teacher)
-        levels, _ = solver_levels(self.scheduler, num_denoising_steps)
+        self.denoise = family_of(teacher.pipeline).denoise
+        levels, _ = solver_levels(self.scheduler, num_denoising_steps, family_of(teacher.pipeline))
         self.first, self.inner = float(levels[0]), covering_range(levels)
-        self.teacher, self.seed, self.alpha, self.longest = teacher, seed, guidance_scale - 1.0, longest_schedule
+        self.teacher, self.seed, self.longest = teacher, seed, longest_schedule
+        self.alpha = 0.0 if family_of(teacher.pipeline).reads_guidance(teacher.unet) else guidance_scale - 1.0
 
     def draws(self, shape: tuple[int, ...], step: int) -> tuple[torch.Tensor, ...]:
         """Levels (n, K + 1) of the walks, the step of each that is trained, their starts, and for the terms noise
@@ -297,7 +299,7 @@ class ContinuousMatching:
     ) -> torch.Tensor:
         noisy, timesteps = self._noised(clean, noise, sigma)
         with torch.no_grad():
-            real = self.teacher.unet(noisy, timesteps, words).sample.float()
+            real = self.denoise(self.teacher.unet, noisy, timesteps, words).float()
             fake, _ = networks.judge(noisy, timesteps, words)
         real, fake = (self.teacher.schedule.clean(velocity, noisy, timesteps) for velocity in (real, fake))
         return direction_loss(clean, matching_direction(clean, real, fake))
