@@ -143,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     device = accelerator.device
     source = make_source(args, device)
-    families = FAMILIES if args.method == "cdm" else UNETS
+    families = UNETS if args.method == "rdmd" else FAMILIES
     teacher = Teacher(args.pretrained_teacher_model, device, families, args.resolution, args.real_guidance_scale)
     weights = None
     if args.method == "fdistill":
@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     method = make_matching_method(args, teacher, weights)
     networks = MatchingNetworks(
         teacher, args.num_denoising_steps, args.lora_rank if args.use_lora else None, bool(args.gan_weight),
-        method.backward_simulation, args.seed,
+        method.backward_simulation, args.seed, method.timesteps,
     )  # fmt: skip
     if args.pretrained_student_model:
         begin_at(networks.student, args.pretrained_student_model, teacher.family.part)

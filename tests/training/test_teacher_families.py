@@ -1,6 +1,7 @@
 """The distillation scripts with teachers of other families than Stable Diffusion 1.x and 2.x."""
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     LCMScheduler,
@@ -17,9 +19,15 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
+from diffusers.schedulers import scheduling_flow_match_lcm
 from safetensors.torch import load_file
 
 from diffusers_ext.training.distillation import guided_points
+from diffusers_ext.training.distillation.families import FAMILIES
+from diffusers_ext.training.distillation.families.flows import in_tokens
+from diffusers_ext.training.distillation.matching import MatchingBatch, MatchingNetworks
+from diffusers_ext.training.distillation.matching_methods import matching_sampler
+from diffusers_ext.training.distillation.stable_diffusion import Teacher
 from tests.helpers.tiny_flows import flow_scheduler, tiny_flux_components, tiny_sd3_components
 from tests.helpers.tiny_models import tiny_stable_diffusion_xl
 
@@ -73,7 +81,11 @@ def run(family_teachers: dict[str, Path], picture_folder: Path, tmp_path: Path, 
         given = weights(family_teachers[teacher] / PARTS[teacher])
         after = {key.replace(".base_layer.", "."): value for key, value in made[0].unet.state_dict().items()}
         assert all(torch.equal(value, after[key]) for key, value in given.items()), "the teacher has changed"
-        assert any(not torch.equal(value, given[key]) for key, value in weights(folder / PARTS[teacher]).items() if key in given)
+        assert any(
+            not torch.equal(value, given[key])
+            for key, value in weights(folder / PARTS[teacher]).items()
+            if key in given
+        )
         return folder
 
     return train
@@ -88,7 +100,10 @@ def picture(pipe: Any, **options: Any) -> torch.Tensor:
     call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, **options}
     if "image" in options:
         del call["height"], call["width"]
-    images = pipe("a red square", generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
+    with torch.random.fork_rng():
+        # the pipelines of flows do not hand their generator to the scheduler
+        torch.manual_seed(0)
+        images = pipe("a red square", generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
     assert images.shape == (1, 3, 32, 32) and bool(torch.isfinite(images).all())
     return images
 
@@ -180,6 +195,64 @@ def test_a_student_of_a_flow_is_a_stock_pipeline(
         check_lora(folder, family_teachers[teacher], guidance_scale=scale)
 
 
+DMD2 = ["--method=dmd2", "--num_denoising_steps=2", "--fake_update_ratio=1", "--gan_weight=0"]
+MATCHING_RUNS = {
+    "sd3": ("sd3", 2, DMD2),
+    "flux-dev-lora": ("flux-dev", 2, [*DMD2, "--use_lora", "--real_guidance_scale=4"]),
+    "xl-flow": ("xl-flow", 1, [*DMD2, "--num_denoising_steps=1", "--gan_weight=1e-3"]),
+}
+
+
+@pytest.mark.parametrize(("teacher", "steps", "options"), MATCHING_RUNS.values(), ids=MATCHING_RUNS)
+def test_distribution_matching_makes_stock_pipelines_of_flows(
+    run: Callable[..., Path], family_teachers: dict[str, Path], teacher: str, steps: int, options: list[str]
+):
+    folder, scale = run("train_dmd", teacher, *options), 4.0 if teacher == "flux-dev" else 1.0
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    solver = DPMSolverMultistepScheduler if teacher == "xl-flow" else FlowMatchLCMScheduler
+    assert type(pipe) is CLASSES[teacher.split("-")[0]] and type(pipe.scheduler) is solver
+    picture(pipe, guidance_scale=scale, num_inference_steps=steps)
+    if "--use_lora" in options:
+        check_lora(folder, family_teachers[teacher], guidance_scale=scale)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_what_distribution_matching_trains_is_what_the_stock_pipeline_paints(
+    family_teachers: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+):
+    teacher = Teacher(str(family_teachers[name]), "cpu", FAMILIES, 32)
+    scheduler, timesteps = matching_sampler(teacher, 3)
+    networks = MatchingNetworks(teacher, 3, None, timesteps=timesteps)
+    path = torch.randn(
+        3, 1, teacher.pipeline.vae.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0)
+    )
+    words = teacher.embeddings(teacher.tokens(["a red square"]))
+    trained = networks.generated(MatchingBatch(words, path, 2, path[0], torch.zeros(1)))
+    # the noise that the scheduler adds is that of the path; none counts in its last step
+    added = chain(path[1:], path[:1])
+    inward = in_tokens if name == "flux" else torch.clone
+    monkeypatch.setattr(scheduling_flow_match_lcm, "randn_tensor", lambda *args, **kwargs: inward(next(added)))
+    pipe = teacher.student_pipeline(networks.student, scheduler)
+    painted = pipe(
+        "a red square", num_inference_steps=3, guidance_scale=1.0, height=32, width=32, latents=inward(path[0]),
+        output_type="latent",
+    ).images  # fmt: skip
+    assert pipe.scheduler.timesteps.tolist() == timesteps
+    torch.testing.assert_close(inward(trained.detach()), painted, rtol=1e-4, atol=1e-4)
+
+
+def test_random_levels_of_a_flow_are_shifted_as_its_scheduler_shifts(family_teachers: dict[str, Path]):
+    teacher = Teacher(str(family_teachers["sd3"]), "cpu", FAMILIES, 32)
+    shift = teacher.pipeline.scheduler.config.shift
+    networks = MatchingNetworks(teacher, 1, None)
+    uniform = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    wanted = shift * uniform / (1 + (shift - 1) * uniform) * 1000
+    torch.testing.assert_close(networks.random_timesteps(uniform), wanted)
+    networks.shift = 3.0
+    torch.testing.assert_close(networks.random_timesteps(uniform), torch.tensor([0.0, 500.0, 750.0, 1000.0]))
+    torch.testing.assert_close(networks.random_timesteps(torch.tensor([0.0]), 0.5), torch.tensor([750.0]))
+
+
 def test_a_second_round_starts_at_the_student_of_the_first(run: Callable[..., Path], tmp_path: Path):
     first = run("train_reflow", "sd3", *REFLOW).rename(tmp_path / "first")
     second = run("train_reflow", "sd3", *REFLOW, f"--pretrained_student_model={first}", "--learning_rate=1e-9")
@@ -191,10 +264,26 @@ def test_a_second_round_starts_at_the_student_of_the_first(run: Callable[..., Pa
     ("script", "teacher", "options", "message"),
     [
         ("train_consistency", "sd3", LCM, "is a StableDiffusion3Pipeline; give a StableDiffusionPipeline or"),
-        ("train_guidance_distillation", "flux", [], "train_reflow.py and train_dmd.py --method cdm take it"),
-        ("train_dmd", "flux", [], "is a FluxPipeline; give a StableDiffusionPipeline or StableDiffusionXLPipeline"),
+        ("train_guidance_distillation", "flux", [], "train_reflow.py and train_dmd.py take it"),
+        (
+            "train_dmd",
+            "flux",
+            [],
+            "gan=True needs the bottleneck of a UNet, which a FluxTransformer2DModel lacks; .*--gan_weight 0",
+        ),
+        (
+            "train_dmd",
+            "xl-flow",
+            DMD2,
+            "num_denoising_steps=2 needs a scheduler that adds new noise to a flow, .* give 1, or --method cdm",
+        ),
         ("train_dmd", "xl", CDM, "the teacher predicts epsilon on a diffusion schedule, and CDM matches flows"),
-        ("finetune_pgraft", "xl", ["--reward=brightness"], "a StableDiffusionXLPipeline; give a StableDiffusionPipeline$"),
+        (
+            "finetune_pgraft",
+            "xl",
+            ["--reward=brightness"],
+            "a StableDiffusionXLPipeline; give a StableDiffusionPipeline$",
+        ),
     ],
 )
 def test_a_family_that_a_method_cannot_teach_is_refused(

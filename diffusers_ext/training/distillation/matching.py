@@ -8,6 +8,7 @@ network with two LoRA adapters. The head of the discriminator reads the bottlene
 """
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,7 @@ class MatchingNetworks(nn.Module):
         gan: Whether there is a discriminator.
         backward_simulation: Whether paths start from noise and follow the student; else from noised pictures.
         seed: Seed of the initial weights of adapters and head.
+        timesteps: Of these steps, from the noisiest on; default those of `LCMScheduler`.
 
     Raises:
         ValueError: For a discriminator on a transformer.
@@ -77,15 +79,21 @@ class MatchingNetworks(nn.Module):
         gan: bool = False,
         backward_simulation: bool = True,
         seed: int = 0,
+        timesteps: Sequence[float] | None = None,
     ):
         super().__init__()
         if gan and not hasattr(teacher.unet, "mid_block"):
             raise ValueError(
-                f"gan=True needs the bottleneck of a UNet, which a {type(teacher.unet).__name__} lacks; leave the discriminator out"
+                f"gan=True needs the bottleneck of a UNet, which a {type(teacher.unet).__name__} lacks; leave the discriminator out (--gan_weight 0)"
             )
         self.backward_simulation = backward_simulation
         self.family, self.schedule = teacher.family, teacher.schedule
-        self.timesteps = few_step_timesteps(num_denoising_steps, self.schedule.num_train_timesteps)
+        self.shift = teacher.family.shift(teacher.pipeline) if self.schedule.is_flow else 1.0
+        self.timesteps = (
+            few_step_timesteps(num_denoising_steps, self.schedule.num_train_timesteps)
+            if timesteps is None
+            else timesteps
+        )
         self.base: SharedBase | None = None
         if lora_rank is None:
             self.student = copy.deepcopy(teacher.unet).requires_grad_(True)
@@ -151,7 +159,7 @@ class MatchingNetworks(nn.Module):
         with self.active(STUDENT):
             return self.family.denoise(self.student, sample, timesteps, words).float()
 
-    def clean(self, sample: torch.Tensor, timestep: int, words: torch.Tensor) -> torch.Tensor:
+    def clean(self, sample: torch.Tensor, timestep: float, words: torch.Tensor) -> torch.Tensor:
         """The student's clean latents for noisy ones at one timestep."""
         timesteps = torch.full((len(sample),), timestep, device=sample.device)
         return self.schedule.clean(self.predict(sample, timesteps, words), sample, timesteps)
@@ -184,7 +192,17 @@ class MatchingNetworks(nn.Module):
         """The student as a stock network; a LoRA is merged into a copy."""
         return merged_unet(self.base, STUDENT) if self.base else self.student
 
-    def _noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: int) -> torch.Tensor:
+    def random_timesteps(self, uniform: torch.Tensor, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+        """Timesteps (n,) between two shares of the schedule for draws (n,) from [0, 1): whole ones of a diffusion, and
+        levels of a flow as its own scheduler shifts them."""
+        low, high = (int(share * self.schedule.num_train_timesteps) for share in (low, high))
+        timesteps = low + uniform * (high - low)
+        if not self.schedule.is_flow:
+            return timesteps.long()
+        share = timesteps / self.schedule.num_train_timesteps
+        return self.shift * timesteps / (1.0 + (self.shift - 1.0) * share)
+
+    def _noised(self, clean: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
         return self.schedule.noisy(clean, noise, torch.full((len(clean),), timestep, device=clean.device))
 
 
@@ -213,8 +231,7 @@ def student_loss(
     if transport_lambda and batch.real is None:
         raise ValueError("transport_lambda needs the latents that are moved; give real")
     schedule = networks.schedule
-    low, high = (int(share * schedule.num_train_timesteps) for share in TIMESTEP_SHARE)
-    timesteps = (low + batch.uniform * (high - low)).long()
+    timesteps = networks.random_timesteps(batch.uniform, *TIMESTEP_SHARE)
     clean = networks.generated(batch)
     sample = schedule.noisy(clean, batch.noise, timesteps)
     with torch.no_grad():
@@ -246,7 +263,7 @@ def fake_loss(networks: MatchingNetworks, batch: MatchingBatch, discriminator_we
         discriminator_weight: Weight of its loss, 0 or more.
     """
     schedule = networks.schedule
-    timesteps = (batch.uniform * schedule.num_train_timesteps).long()
+    timesteps = networks.random_timesteps(batch.uniform)
     with torch.no_grad():
         clean = networks.generated(batch)
     prediction, logits = networks.judge(schedule.noisy(clean, batch.noise, timesteps), timesteps, batch.words)

@@ -23,6 +23,7 @@ from .cdm import (
     schedule_length,
 )
 from .checks import check_range
+from .dmd import few_step_timesteps
 from .f_divergence import DensityRatioWeights
 from .families import family_of
 from .flow_pairs import euler_scheduler, solver_levels
@@ -41,6 +42,8 @@ class MatchingMethod(Protocol):
     """What the student is sampled with."""
     family: type[DiffusionPipeline] | None
     """Class of the pipeline that samples it; `None` for the teacher's."""
+    timesteps: list[float]
+    """Of the student, from the noisiest on."""
     needs_pictures: bool
     backward_simulation: bool
     """As `MatchingNetworks` asks."""
@@ -60,7 +63,7 @@ class MatchingMethod(Protocol):
 
 
 class DistributionMatching:
-    """DMD2 and f-distill: the losses of `matching`, for teachers of epsilon or v.
+    """DMD2 and f-distill: the losses of `matching`.
 
     Args:
         teacher: The frozen teacher.
@@ -73,7 +76,7 @@ class DistributionMatching:
         weights: Of an f-divergence; `None` is reverse KL.
 
     Raises:
-        ValueError: If the teacher is a flow.
+        ValueError: If diffusers has no scheduler that samples such a student.
     """
 
     family: type[DiffusionPipeline] | None = None
@@ -90,8 +93,7 @@ class DistributionMatching:
         backward_simulation: bool = True,
         weights: DensityRatioWeights | None = None,
     ):
-        # with as many original steps as it takes, the stock scheduler has the student's timesteps
-        self.scheduler = few_step_scheduler(teacher, num_denoising_steps, 10.0)
+        self.scheduler, self.timesteps = matching_sampler(teacher, num_denoising_steps)
         self.backward_simulation = backward_simulation
         self.needs_pictures = bool(gan_weight) or not backward_simulation
         self.teacher, self.seed, self.steps, self.guidance_scale = teacher, seed, num_denoising_steps, guidance_scale
@@ -149,6 +151,8 @@ class RegularizedMatching(DistributionMatching):
     ):
         check_range("num_denoising_steps", num_denoising_steps, 2)
         check_range("transport_lambda", transport_lambda, 0.0)
+        # refuses a flow, which no scheduler of diffusers noises again in its translating pipeline
+        few_step_scheduler(teacher, num_denoising_steps, 10.0)
         super().__init__(teacher, seed, num_denoising_steps, guidance_scale, 0.0, 0.0, backward_simulation=False)
         self.transport_lambda, self.family = transport_lambda, teacher.family.translator_class
 
@@ -195,7 +199,8 @@ class ContinuousMatching:
         check_range("longest_schedule", longest_schedule, 1)
         self.scheduler = euler_scheduler(teacher)
         self.denoise = family_of(teacher.pipeline).denoise
-        levels, _ = solver_levels(self.scheduler, num_denoising_steps, family_of(teacher.pipeline))
+        levels, timesteps = solver_levels(self.scheduler, num_denoising_steps, family_of(teacher.pipeline))
+        self.timesteps = timesteps.tolist()
         self.first, self.inner = float(levels[0]), covering_range(levels)
         self.teacher, self.seed, self.longest = teacher, seed, longest_schedule
         self.alpha = 0.0 if family_of(teacher.pipeline).reads_guidance(teacher.unet) else guidance_scale - 1.0
@@ -312,6 +317,21 @@ class ContinuousMatching:
 
     def _timesteps(self, sigma: torch.Tensor) -> torch.Tensor:
         return sigma * self.teacher.schedule.num_train_timesteps
+
+
+def matching_sampler(teacher: Teacher, num_denoising_steps: int) -> tuple[SchedulerMixin, list[float]]:
+    """The stock scheduler that takes the student's clean sample and adds new noise to it, and the timesteps of its steps.
+
+    Raises:
+        ValueError: If the teacher is a flow, and diffusers has none for its pipeline.
+    """
+    if teacher.schedule.is_flow:
+        scheduler = teacher.family.renoising_scheduler(teacher.pipeline, num_denoising_steps)
+        _, timesteps = solver_levels(scheduler, num_denoising_steps, teacher.family)
+        return scheduler, timesteps.tolist()
+    # with as many original steps as it takes, the stock scheduler has the student's timesteps
+    whole: list[float] = list(few_step_timesteps(num_denoising_steps, teacher.schedule.num_train_timesteps))
+    return few_step_scheduler(teacher, num_denoising_steps, 10.0), whole
 
 
 def make_matching_method(args: Namespace, teacher: Teacher, weights: DensityRatioWeights | None) -> MatchingMethod:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     FluxPipeline,
     SchedulerMixin,
     StableDiffusion3Pipeline,
@@ -19,7 +20,7 @@ from diffusers import (
 from torch import nn
 
 from .conditions import pack, unpack
-from .unets import StableDiffusion
+from .unets import StableDiffusion, own_settings
 
 
 # all linear maps of a transformer's blocks and its last one; those that a network lacks are passed over
@@ -54,7 +55,7 @@ class StableDiffusion3(StableDiffusion):
     part = "transformer"
     tag = "sd3"
     large_pictures = True
-    taken_by = "train_reflow.py and train_dmd.py --method cdm take it"
+    taken_by = "train_reflow.py and train_dmd.py take it"
     lora_layers = TRANSFORMER_MODULES
     loading = {}
     # what the stock pipeline reads of a prompt
@@ -116,12 +117,15 @@ class StableDiffusion3(StableDiffusion):
 
     def euler_scheduler(self, pipeline: Any) -> SchedulerMixin:
         """The stock scheduler that runs Euler's method on the levels of a flow."""
-        config = dict(pipeline.scheduler.config)
         return FlowMatchEulerDiscreteScheduler.from_config(
-            {name: value for name, value in config.items() if not name.startswith("_")},
-            shift=config.get("shift", config.get("flow_shift", 1.0)),
-            stochastic_sampling=False,
+            own_settings(pipeline.scheduler), shift=self.shift(pipeline), stochastic_sampling=False
         )
+
+    def renoising_scheduler(self, pipeline: Any, steps: int) -> SchedulerMixin:
+        """The stock scheduler that takes a flow's clean sample in each step and adds new noise to it."""
+        settings = own_settings(pipeline.scheduler)
+        settings.pop("stochastic_sampling", None)  # it always is
+        return FlowMatchLCMScheduler.from_config(settings, shift=self.shift(pipeline))
 
 
 class Flux(StableDiffusion3):

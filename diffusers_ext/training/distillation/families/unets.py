@@ -134,17 +134,38 @@ class StableDiffusion:
         save: Any = self.pipeline_class
         save.save_lora_weights(folder, **{f"{self.part}_lora_layers": layers})
 
+    def shift(self, pipeline: Any) -> float:
+        """How much more of a flow's schedule lies at the noise: level s goes to shift s / (1 + (shift - 1) s)."""
+        config = pipeline.scheduler.config
+        return float(config.get("flow_shift", config.get("shift", 1.0)))
+
+    def renoising_scheduler(self, pipeline: Any, steps: int) -> SchedulerMixin:
+        """The stock scheduler that takes a flow's clean sample in each step and adds new noise to it.
+
+        Args:
+            pipeline: A flow.
+            steps: Of the student.
+
+        Raises:
+            ValueError: If diffusers has none for so many steps.
+        """
+        if steps > 1:
+            raise ValueError(
+                f"num_denoising_steps={steps} needs a scheduler that adds new noise to a flow, and diffusers has none for a "
+                f"{type(pipeline).__name__}; give 1, or --method cdm, which needs none"
+            )
+        return self.euler_scheduler(pipeline)
+
     def euler_scheduler(self, pipeline: Any) -> SchedulerMixin:
         """The stock scheduler that runs Euler's method on the levels of a flow.
 
         It is the multistep solver of order 1: the flow-matching schedulers lack what these pipelines ask for.
         """
-        config = dict(pipeline.scheduler.config)
         return DPMSolverMultistepScheduler.from_config(
-            {name: value for name, value in config.items() if not name.startswith("_")},
+            own_settings(pipeline.scheduler),
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
-            flow_shift=config.get("flow_shift", config.get("shift", 1.0)),
+            flow_shift=self.shift(pipeline),
             algorithm_type="dpmsolver++",
             solver_order=1,
             final_sigmas_type="zero",
@@ -214,6 +235,11 @@ class StableDiffusionXL(StableDiffusion):
     def making(self, pipeline: Any) -> dict[str, Any]:
         """Arguments of the pipeline's class besides its parts."""
         return {**self.loading, "force_zeros_for_empty_prompt": pipeline.config.force_zeros_for_empty_prompt}
+
+
+def own_settings(scheduler: Any) -> dict[str, Any]:
+    """The configuration of a scheduler without the entries of diffusers itself, for one of another class."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
 
 
 def _told(told: torch.Tensor | None) -> dict[str, torch.Tensor]:
