@@ -73,7 +73,11 @@ def run(family_teachers: dict[str, Path], picture_folder: Path, tmp_path: Path, 
         given = weights(family_teachers[teacher] / PARTS[teacher])
         after = {key.replace(".base_layer.", "."): value for key, value in made[0].unet.state_dict().items()}
         assert all(torch.equal(value, after[key]) for key, value in given.items()), "the teacher has changed"
-        assert any(not torch.equal(value, given[key]) for key, value in weights(folder / PARTS[teacher]).items() if key in given)
+        assert any(
+            not torch.equal(value, given[key])
+            for key, value in weights(folder / PARTS[teacher]).items()
+            if key in given
+        )
         return folder
 
     return train
@@ -194,7 +198,12 @@ def test_a_second_round_starts_at_the_student_of_the_first(run: Callable[..., Pa
         ("train_guidance_distillation", "flux", [], "train_reflow.py and train_dmd.py --method cdm take it"),
         ("train_dmd", "flux", [], "is a FluxPipeline; give a StableDiffusionPipeline or StableDiffusionXLPipeline"),
         ("train_dmd", "xl", CDM, "the teacher predicts epsilon on a diffusion schedule, and CDM matches flows"),
-        ("finetune_pgraft", "xl", ["--reward=brightness"], "a StableDiffusionXLPipeline; give a StableDiffusionPipeline$"),
+        (
+            "finetune_pgraft",
+            "xl",
+            ["--reward=brightness"],
+            "a StableDiffusionXLPipeline; give a StableDiffusionPipeline$",
+        ),
     ],
 )
 def test_a_family_that_a_method_cannot_teach_is_refused(
