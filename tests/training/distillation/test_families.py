@@ -67,7 +67,11 @@ def loaded(folders: dict[str, Path], name: str, **options: Any) -> tuple[Teacher
     """The teacher and the stock pipeline of a folder."""
     pipeline = DiffusionPipeline.from_pretrained(folders[name])
     pipeline.set_progress_bar_config(disable=True)
-    return Teacher(str(folders[name]), "cpu", FAMILIES, 32, **options), pipeline
+    return teacher_of(folders[name], **options), pipeline
+
+
+def teacher_of(folder: Path, **options: Any) -> Teacher:
+    return Teacher(str(folder), "cpu", FAMILIES, 32, **options)
 
 
 @torch.no_grad()
@@ -153,8 +157,7 @@ def test_eulers_method_on_a_flow_ends_where_the_stock_pipeline_ends(
 
 
 def test_a_network_that_reads_the_guidance_makes_one_pass_and_is_told_it(folders: dict[str, Path]):
-    teacher, _ = loaded(folders, "flux-dev", guidance_scale=4.0)
-    other, _ = loaded(folders, "flux-dev", guidance_scale=2.0)
+    teacher, other = (teacher_of(folders["flux-dev"], guidance_scale=scale) for scale in (4.0, 2.0))
     assert teacher.reads_guidance and teacher.student_scale == 4.0
     told: list[tuple[int, torch.Tensor]] = []
     teacher.unet.register_forward_pre_hook(
@@ -167,11 +170,11 @@ def test_a_network_that_reads_the_guidance_makes_one_pass_and_is_told_it(folders
     assert not torch.equal(
         conditional, other.denoise(torch.ones(SHAPE), timesteps, other.embeddings(other.tokens(PROMPTS)))
     )
-    plain, _ = loaded(folders, "flux", guidance_scale=4.0)
+    plain = teacher_of(folders["flux"], guidance_scale=4.0)
     assert not plain.reads_guidance and plain.student_scale == 1.0
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", ["sd", "xl", "sd3", "flux"])
 def test_encoding_is_the_inverse_of_what_the_stock_pipeline_does_before_decoding(folders: dict[str, Path], name: str):
     teacher, pipeline = loaded(folders, name)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -199,9 +202,9 @@ def test_channels_of_an_autoencoder_with_mean_and_deviation_are_normalised(folde
     torch.testing.assert_close(teacher.encode(images) * deviation / scale + mean, mode, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", ["sd", "xl", "sd3", "flux"])
 def test_all_parts_of_a_teacher_are_frozen(folders: dict[str, Path], name: str):
-    teacher, _ = loaded(folders, name)
+    teacher = teacher_of(folders[name])
     modules = [part for part in teacher.pipeline.components.values() if isinstance(part, nn.Module)]
     assert set(modules) == {teacher.unet, teacher.pipeline.vae, *teacher.text_encoders}
     assert not any(part.training or any(value.requires_grad for value in part.parameters()) for part in modules)
@@ -210,7 +213,7 @@ def test_all_parts_of_a_teacher_are_frozen(folders: dict[str, Path], name: str):
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_a_lora_is_on_all_linear_maps_of_a_transformers_blocks_but_those_of_norms(folders: dict[str, Path], name: str):
-    teacher, _ = loaded(folders, name)
+    teacher = teacher_of(folders[name])
     linear = {
         key for key, layer in teacher.unet.named_modules()
         if isinstance(layer, nn.Linear) and "transformer_blocks." in key and ".norm" not in key
