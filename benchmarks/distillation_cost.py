@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from diffusers_ext.training.distillation.families import StableDiffusion
 from diffusers_ext.training.distillation.matching import MatchingBatch, MatchingNetworks, fake_loss, student_loss
 from diffusers_ext.training.distillation.parameterization import NoiseSchedule
-from diffusers_ext.training.distillation.stable_diffusion import Teacher
+from diffusers_ext.training.distillation.teachers import Teacher
 
 
 # as in the repository of Stable Diffusion 1.5, at half its side

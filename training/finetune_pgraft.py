@@ -28,7 +28,7 @@ from diffusers_ext.training.data import make_source
 from diffusers_ext.training.distillation.accepted import AcceptedSamples, mean_reward, switching
 from diffusers_ext.training.distillation.pgraft import switch_timestep, tuned_timesteps
 from diffusers_ext.training.distillation.rewards import REWARDS, make_reward
-from diffusers_ext.training.distillation.stable_diffusion import DistilledUNet, Teacher, save_base_unet, save_student
+from diffusers_ext.training.distillation.teachers import DistilledUNet, Teacher, save_base_unet, save_student
 from diffusers_ext.training.export import finish_run, sample_sheet, write_card
 from diffusers_ext.training.objectives import stratified_uniform
 from diffusers_ext.training.streams import stream

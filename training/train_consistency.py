@@ -35,7 +35,7 @@ from diffusers_ext.training.distillation.methods import (
     LatentConsistencyTraining,
 )
 from diffusers_ext.training.distillation.slct import CONSISTENCY_DISTANCES
-from diffusers_ext.training.distillation.stable_diffusion import (
+from diffusers_ext.training.distillation.teachers import (
     DistilledUNet,
     Teacher,
     few_step_scheduler,

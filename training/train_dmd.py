@@ -28,7 +28,7 @@ from diffusers_ext.training.distillation.f_divergence import F_DIVERGENCES, Dens
 from diffusers_ext.training.distillation.families import FAMILIES, UNETS
 from diffusers_ext.training.distillation.matching import FAKE, MatchingNetworks
 from diffusers_ext.training.distillation.matching_methods import make_matching_method
-from diffusers_ext.training.distillation.stable_diffusion import STUDENT, Teacher, begin_at, save_student
+from diffusers_ext.training.distillation.teachers import STUDENT, Teacher, begin_at, save_student
 from diffusers_ext.training.export import finish_run, sample_sheet, write_card
 from diffusers_ext.training.latents import FreshLatents, make_latents
 from diffusers_ext.training.streams import stream_seed

@@ -24,7 +24,7 @@ from diffusers_ext.training.data import make_source
 from diffusers_ext.training.distillation.families import UNETS
 from diffusers_ext.training.distillation.guidance import relative_error
 from diffusers_ext.training.distillation.guided_points import GuidanceStudent, PointBatch, make_points
-from diffusers_ext.training.distillation.stable_diffusion import Teacher
+from diffusers_ext.training.distillation.teachers import Teacher
 from diffusers_ext.training.export import finish_run, sample_sheet, save_pipeline, write_card
 from diffusers_ext.training.streams import epoch_rows
 from diffusers_ext.training.trainer import Trainer, make_accelerator

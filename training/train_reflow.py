@@ -33,7 +33,7 @@ from diffusers_ext.training.distillation.flow_pairs import (
     solver_levels,
 )
 from diffusers_ext.training.distillation.reflow import exponential_times, interpolate, reflow_loss
-from diffusers_ext.training.distillation.stable_diffusion import DistilledUNet, Teacher, begin_at, save_student
+from diffusers_ext.training.distillation.teachers import DistilledUNet, Teacher, begin_at, save_student
 from diffusers_ext.training.export import finish_run, sample_sheet, write_card
 from diffusers_ext.training.objectives import stratified_uniform
 from diffusers_ext.training.streams import stream

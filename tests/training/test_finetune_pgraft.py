@@ -15,7 +15,7 @@ from diffusers_ext.training.distillation import accepted, rewards
 from diffusers_ext.training.distillation.accepted import AcceptedSamples, chosen_samples, mean_reward, switching
 from diffusers_ext.training.distillation.pgraft import switched
 from diffusers_ext.training.distillation.rewards import make_reward
-from diffusers_ext.training.distillation.stable_diffusion import Teacher
+from diffusers_ext.training.distillation.teachers import Teacher
 
 from .conftest import load_script, log_entries
 

@@ -27,7 +27,7 @@ from diffusers_ext.training.distillation.families import FAMILIES
 from diffusers_ext.training.distillation.families.flows import in_tokens
 from diffusers_ext.training.distillation.matching import MatchingBatch, MatchingNetworks
 from diffusers_ext.training.distillation.matching_methods import matching_sampler
-from diffusers_ext.training.distillation.stable_diffusion import Teacher
+from diffusers_ext.training.distillation.teachers import Teacher
 from tests.helpers.tiny_flows import flow_scheduler, tiny_flux_components, tiny_sd3_components
 from tests.helpers.tiny_models import tiny_stable_diffusion_xl
 

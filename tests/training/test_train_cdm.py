@@ -16,7 +16,7 @@ from diffusers_ext.training.distillation.flow_pairs import solver_levels
 from diffusers_ext.training.distillation.matching import MatchingNetworks
 from diffusers_ext.training.distillation.matching_methods import ContinuousMatching
 from diffusers_ext.training.distillation.parameterization import NoiseSchedule
-from diffusers_ext.training.distillation.stable_diffusion import Teacher
+from diffusers_ext.training.distillation.teachers import Teacher
 
 from .conftest import exported_digests, log_entries
 

@@ -12,7 +12,7 @@ from diffusers_ext import CTMPipeline, CTMScheduler
 from diffusers_ext.training.checkpoints import list_checkpoints
 from diffusers_ext.training.distillation.lcm import guidance_embedding
 from diffusers_ext.training.distillation.methods import TIMESTEP_SHARE, LatentConsistencyTraining
-from diffusers_ext.training.distillation.stable_diffusion import (
+from diffusers_ext.training.distillation.teachers import (
     DistilledUNet,
     Teacher,
     few_step_scheduler,

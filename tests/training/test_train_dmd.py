@@ -14,7 +14,7 @@ from diffusers_ext.training.checkpoints import list_checkpoints
 from diffusers_ext.training.distillation.dmd import few_step_timesteps
 from diffusers_ext.training.distillation.f_divergence import DensityRatioWeights
 from diffusers_ext.training.distillation.matching import MatchingBatch, MatchingNetworks, fake_loss, student_loss
-from diffusers_ext.training.distillation.stable_diffusion import Teacher, few_step_scheduler
+from diffusers_ext.training.distillation.teachers import Teacher, few_step_scheduler
 
 from .conftest import exported_digests, log_entries
 

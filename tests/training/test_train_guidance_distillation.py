@@ -13,7 +13,7 @@ from diffusers_ext.training.data import make_source
 from diffusers_ext.training.distillation.guidance import relative_error
 from diffusers_ext.training.distillation.guided_points import GuidanceStudent, GuidedPoints, make_points, sample_runs
 from diffusers_ext.training.distillation.lcm import guidance_embedding
-from diffusers_ext.training.distillation.stable_diffusion import Teacher
+from diffusers_ext.training.distillation.teachers import Teacher
 
 from .conftest import load_script, log_entries
 

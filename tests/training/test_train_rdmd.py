@@ -12,7 +12,7 @@ from diffusers import (
 from diffusers_ext.training.distillation.dmd import few_step_timesteps
 from diffusers_ext.training.distillation.matching import MatchingBatch, MatchingNetworks
 from diffusers_ext.training.distillation.matching_methods import RegularizedMatching
-from diffusers_ext.training.distillation.stable_diffusion import Teacher
+from diffusers_ext.training.distillation.teachers import Teacher
 
 from .conftest import exported_digests, load_script
 

@@ -27,7 +27,7 @@ from diffusers_ext.training.distillation.flow_pairs import (
     solver_levels,
 )
 from diffusers_ext.training.distillation.reflow import exponential_times, interpolate, reflow_loss
-from diffusers_ext.training.distillation.stable_diffusion import DistilledUNet, Teacher
+from diffusers_ext.training.distillation.teachers import DistilledUNet, Teacher
 
 from .conftest import load_script
 

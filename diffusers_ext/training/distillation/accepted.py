@@ -21,7 +21,7 @@ from ..parts import make_in_parts
 from ..streams import epoch_rows, stream
 from .pgraft import accepted, best_of
 from .rewards import Reward
-from .stable_diffusion import Teacher
+from .teachers import Teacher
 
 
 logger = logging.getLogger(__name__)

@@ -26,10 +26,10 @@ from ..latents import digest_name, read_kept
 from ..parts import make_in_parts
 from ..streams import epoch_rows, stream
 from .checks import check_range, check_same_shape
-from .families import StableDiffusion, family_of
+from .families import StableDiffusion
 from .lcm import guided
 from .reflow import mixed_pairs, straightness
-from .stable_diffusion import Teacher
+from .teachers import Teacher
 
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def euler_scheduler(teacher: Teacher) -> SchedulerMixin:
             f"the teacher predicts {teacher.schedule.prediction_type} on a diffusion schedule, and ReFlow straightens flows; "
             f"give a teacher of flow_prediction, for example of train_text_to_image.py --prediction_type flow"
         )
-    return family_of(teacher.pipeline).euler_scheduler(teacher.pipeline)
+    return teacher.family.euler_scheduler(teacher.pipeline)
 
 
 def guided_velocity(teacher: Teacher, words: torch.Tensor, guidance_scale: float) -> Velocity:

@@ -23,7 +23,7 @@ from ..objectives import stratified_uniform
 from ..streams import stream
 from .checks import check_levels, check_range
 from .guidance import guided_trajectory
-from .stable_diffusion import DistilledUNet, Teacher, with_guidance_input
+from .teachers import DistilledUNet, Teacher, with_guidance_input
 
 
 logger = logging.getLogger(__name__)

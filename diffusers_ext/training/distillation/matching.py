@@ -24,7 +24,7 @@ from .dmd import dmd_gradient, few_step_timesteps, surrogate_loss, transport_cos
 from .f_divergence import DensityRatioWeights
 from .gan import DiscriminatorHead, captured, discriminator_loss, generator_loss
 from .lcm import guided
-from .stable_diffusion import STUDENT, Teacher, merged_unet
+from .teachers import STUDENT, Teacher, merged_unet
 
 
 FAKE = "fake"

@@ -25,10 +25,9 @@ from .cdm import (
 from .checks import check_range
 from .dmd import few_step_timesteps
 from .f_divergence import DensityRatioWeights
-from .families import family_of
 from .flow_pairs import euler_scheduler, solver_levels
 from .matching import MatchingBatch, MatchingNetworks, fake_loss, student_loss
-from .stable_diffusion import Teacher, few_step_scheduler
+from .teachers import Teacher, few_step_scheduler
 
 
 # of the noise added to the student's samples in the student's turn: for the three terms
@@ -198,12 +197,12 @@ class ContinuousMatching:
         check_range("guidance_scale", guidance_scale, 1.0)
         check_range("longest_schedule", longest_schedule, 1)
         self.scheduler = euler_scheduler(teacher)
-        self.denoise = family_of(teacher.pipeline).denoise
-        levels, timesteps = solver_levels(self.scheduler, num_denoising_steps, family_of(teacher.pipeline))
+        self.denoise = teacher.family.denoise
+        levels, timesteps = solver_levels(self.scheduler, num_denoising_steps, teacher.family)
         self.timesteps = timesteps.tolist()
         self.first, self.inner = float(levels[0]), covering_range(levels)
         self.teacher, self.seed, self.longest = teacher, seed, longest_schedule
-        self.alpha = 0.0 if family_of(teacher.pipeline).reads_guidance(teacher.unet) else guidance_scale - 1.0
+        self.alpha = 0.0 if teacher.family.reads_guidance(teacher.unet) else guidance_scale - 1.0
 
     def draws(self, shape: tuple[int, ...], step: int) -> tuple[torch.Tensor, ...]:
         """Levels (n, K + 1) of the walks, the step of each that is trained, their starts, and for the terms noise

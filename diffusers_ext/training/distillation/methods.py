@@ -14,7 +14,7 @@ from ..streams import stream
 from .ctm import latent_ctm_loss
 from .lcm import lcm_loss
 from .slct import LevelPairs, draw_pairs, slct_loss
-from .stable_diffusion import Teacher
+from .teachers import Teacher
 
 
 # (noisy latents, timesteps, embeddings of the prompts, number told a sample or None) -> prediction

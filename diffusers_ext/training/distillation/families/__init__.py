@@ -4,8 +4,6 @@ A family holds nothing: it says of one pipeline class how prompts become a condi
 how a student is put together and saved. Teacher, students, methods and scripts are the same for all families.
 """
 
-from diffusers import DiffusionPipeline
-
 from .flows import Flux, StableDiffusion3
 from .unets import StableDiffusion, StableDiffusionXL
 
@@ -18,19 +16,6 @@ FAMILIES: tuple[StableDiffusion, ...] = (*UNETS, StableDiffusion3(), Flux())
 def family_named(class_name: object) -> StableDiffusion | None:
     """The family whose pipelines have this class name, as in `model_index.json`; `None` if there is none."""
     return next((family for family in FAMILIES if family.pipeline_class.__name__ == class_name), None)
-
-
-def family_of(pipeline: DiffusionPipeline) -> StableDiffusion:
-    """The family of a pipeline.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    name = type(pipeline).__name__
-    family = family_named(name)
-    if family is None:
-        raise ValueError(f"pipeline is a {name}; give {listed(FAMILIES)}")
-    return family
 
 
 def listed(families: tuple[StableDiffusion, ...]) -> str:
