@@ -80,8 +80,9 @@ class TestFlowChefPixelPipeline(PipelineConformance):
 
 def test_without_steering_it_is_the_stock_pipeline_bit_for_bit():
     stock = pipeline(DDPMPipeline)
-    expected = stock(2, torch.Generator().manual_seed(1), 4, output_type="pt").images
-    assert torch.equal(call(pipeline(), batch_size=2, output_type="pt"), expected)
+    # as arrays: early releases of diffusers have no tensors here
+    expected = stock(2, torch.Generator().manual_seed(1), 4, output_type="np").images
+    assert np.array_equal(call(pipeline(), batch_size=2, output_type="np"), expected)
 
 
 @pytest.mark.parametrize("mode", ["inpaint", "restore", "guide"])
@@ -98,10 +99,10 @@ def test_a_mode_is_the_stock_pipeline_with_that_objective(mode: str):
     }[mode]
     stock = pipeline(DDPMPipeline)
     with steer(stock, objective, torch.Generator().manual_seed(7)):
-        expected = stock(1, torch.Generator().manual_seed(1), 4, output_type="pt").images
-    found = call(pipeline(), output_type="pt", **arguments)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert not torch.equal(found, call(pipeline(), output_type="pt"))
+        expected = stock(1, torch.Generator().manual_seed(1), 4, output_type="np").images
+    found = call(pipeline(), output_type="np", **arguments)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert not np.array_equal(found, call(pipeline(), output_type="np"))
 
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler(shift=3.0), flow_scheduler()])

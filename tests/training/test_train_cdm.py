@@ -121,7 +121,8 @@ class LinearNetworks:
 
 class LinearTeacher:
     def __init__(self, teacher: Teacher, conditional: float, unconditional: float):
-        self.schedule, self.pipeline, self.scales = teacher.schedule, teacher.pipeline, (conditional, unconditional)
+        self.schedule, self.pipeline, self.family = teacher.schedule, teacher.pipeline, teacher.family
+        self.scales = conditional, unconditional
 
     def unet(self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor) -> Namespace:
         return Namespace(sample=self.scales[0] * sample)

@@ -259,7 +259,7 @@ def test_what_cannot_be_packed_is_refused():
 def test_what_a_family_cannot_do_is_refused_in_one_sentence(folders: dict[str, Path], tmp_path: Path):
     with pytest.raises(
         ValueError, match="is a FluxPipeline; give a StableDiffusionPipeline or StableDiffusionXLPipeline "
-        r"\(train_reflow.py and train_dmd.py --method cdm take it\)$",
+        r"\(train_reflow.py and train_dmd.py take it\)$",
     ):  # fmt: skip
         Teacher(str(folders["flux"]), "cpu", UNETS)
     for name in ("StableDiffusionXLImg2ImgPipeline", ["pipeline_mr_restoration", "MRRestorationPipeline"]):
