@@ -40,12 +40,12 @@ SEEDS = (0, 1, 2)
 TRIED = 0
 COUNT, NOISE_SEED, PART = 2_048, 12_345, 256
 GUIDANCE = 2.0
-TEACHER = {"steps": 3_000, "batch": 128, "learning_rate": 2e-3, "average": 0.998, "dropped": 0.1}
-LCM = {"steps": 800, "batch": 128, "learning_rate": 5e-4, "average": 0.95}
-MATCHING = {"steps": 250, "batch": 64, "learning_rate": 3e-4, "fake_learning_rate": 5e-4, "ratio": 3, "average": 0.98}
-REFLOW = {"steps": 800, "batch": 128, "learning_rate": 1e-3, "average": 0.99, "pairs": 4_096, "teacher_steps": 10}
+TEACHER = {"steps": 2_400, "batch": 128, "learning_rate": 1.5e-3, "average": 0.998, "dropped": 0.1}
+LCM = {"steps": 350, "batch": 128, "learning_rate": 5e-4, "average": 0.95}
+MATCHING = {"steps": 200, "batch": 64, "learning_rate": 3e-4, "fake_learning_rate": 5e-4, "ratio": 3, "average": 0.98}
+REFLOW = {"steps": 600, "batch": 128, "learning_rate": 1e-3, "average": 0.99, "pairs": 4_096, "teacher_steps": 10}
 AGD = {
-    "steps": 800,
+    "steps": 500,
     "batch": 128,
     "learning_rate": 1e-3,
     "average": 0.99,
