@@ -37,7 +37,7 @@ from diffusers_ext.training.distillation.reflow import exponential_times, interp
 
 
 SEEDS = (0, 1, 2)
-TRIED = 0
+TRIED = 4
 COUNT, NOISE_SEED, PART = 2_048, 12_345, 256
 GUIDANCE = 2.0
 TEACHER = {"steps": 2_400, "batch": 128, "learning_rate": 1.5e-3, "average": 0.998, "dropped": 0.1}
@@ -179,20 +179,18 @@ def match(teacher: DigitTeacher, seed: int) -> DigitNetwork:
     return average
 
 
-def draw_pairs(teacher: DigitTeacher) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise, the guided teacher's samples of it, and their labels; the same pairs for all seeds."""
-    generator = torch.Generator().manual_seed(4_000)
+def draw_pairs(teacher: DigitTeacher, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise, the guided teacher's samples of it, and their labels."""
     noise, labels = torch.randn((REFLOW["pairs"], 1, SIDE, SIDE), generator=generator), labels_of(REFLOW["pairs"])
     parts = zip(noise.split(PART), labels.split(PART))
     sampled = [solve(teacher, "DPM++ 2M", REFLOW["teacher_steps"])(*part, generator) for part in parts]
     return noise, torch.cat(sampled), labels
 
 
-def straighten(
-    teacher: DigitTeacher, pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], seed: int
-) -> DigitNetwork:
+def straighten(teacher: DigitTeacher, seed: int) -> DigitNetwork:
     """ReFlow of the guided teacher, whose network it goes on with as a flow."""
     student, flow, generator = copy.deepcopy(teacher.unet), Flow(SCHEDULE), torch.Generator().manual_seed(5_000 + seed)
+    pairs = draw_pairs(teacher, generator)
 
     def loss_of(_: DigitNetwork) -> torch.Tensor:
         rows = torch.randint(REFLOW["pairs"], (REFLOW["batch"],), generator=generator)
@@ -412,17 +410,10 @@ def run(
         result["guidance"] = {
             "teacher without guidance": {f"{s:g}": [guidance_error(teacher, None, s)] for s in SCALES}
         }
-    pairs: list[Any] = []
-
-    def made_pairs() -> Any:
-        if not pairs:
-            pairs.append(draw_pairs(teacher))
-        return pairs[0]
-
     makers: dict[str, Callable[[int], DigitNetwork]] = {
         "LCM": lambda seed: learn_consistency(teacher, digits, seed),
         "DMD2": lambda seed: match(teacher, seed),
-        "ReFlow": lambda seed: straighten(teacher, made_pairs(), seed),
+        "ReFlow": lambda seed: straighten(teacher, seed),
         "AGD": lambda seed: learn_guidance(teacher, digits, seed, noised=False),
         "AGD, noised pictures": lambda seed: learn_guidance(teacher, digits, seed, noised=True),
     }
@@ -440,6 +431,9 @@ def run(
             result.setdefault("guidance", {})[method] = {
                 f"{scale:g}": [guidance_error(teacher, each[0], scale) for each in trained] for scale in SCALES
             }
+    # in the order of the methods, whichever ran last
+    place = {name: max(METHODS.index(each) if name.startswith(each) else 0 for each in METHODS) for name in rows}
+    result["rows"] = dict(sorted(rows.items(), key=lambda item: place[item[0]]))
     result["settings"] = {
         "seeds": list(seeds), "tried": TRIED, "count": COUNT, "guidance": GUIDANCE, "teacher": TEACHER, "LCM": LCM, "DMD2": MATCHING,
         "ReFlow": REFLOW, "AGD": AGD,
