@@ -87,8 +87,8 @@ def digits_table(found: dict[str, Any]) -> list[str]:
     fall = statistics.fmean(bends["teacher"]) / statistics.fmean(bends["student"])
     return [
         f"scikit-learn's 8x8 digits, told which digit, guidance {settings['guidance']:g} but where a row says otherwise: two passes a step, "
-        f"or one of a student. One teacher; students of seeds {', '.join(map(str, settings['seeds']))}, each begun at its weights; "
-        f"{settings['tried']} settings were tried on another seed. {settings['count']} samples from the same noise in every row, against 600 "
+        f"or one of a student. One teacher; students of seeds {', '.join(map(str, settings['seeds']))}, AGD of the first alone, each begun at its "
+        f"weights. {settings['tried']} settings were tried on another seed, one of each method. {settings['count']} samples from the same noise in every row, against 600 "
         f"held-out pictures. Fréchet's distance is in the features of a classifier ({found['classifier_accuracy']:.1%} right on held-out "
         f"pictures), scaled to their variance; coverage is the share of held-out pictures with a sample nearer than their fifth "
         f"neighbour; 'from training' is the median distance to the nearest training picture, of that of held-out ones: well below 1 "
