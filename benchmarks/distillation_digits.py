@@ -37,7 +37,7 @@ from diffusers_ext.training.distillation.reflow import exponential_times, interp
 
 
 SEEDS = (0, 1, 2)
-OF_ONE_SEED = ("AGD", "AGD, noised pictures")
+OF_ONE_SEED = ("DMD2", "AGD", "AGD, noised pictures")
 TRIED = 4
 COUNT, NOISE_SEED, PART = 2_048, 12_345, 256
 GUIDANCE = 2.0
@@ -437,7 +437,7 @@ def run(
     place = {name: max(METHODS.index(each) if name.startswith(each) else 0 for each in METHODS) for name in rows}
     result["rows"] = dict(sorted(rows.items(), key=lambda item: place[item[0]]))
     result["settings"] = {
-        "seeds": list(seeds), "tried": TRIED, "count": COUNT, "guidance": GUIDANCE, "teacher": TEACHER, "LCM": LCM, "DMD2": MATCHING,
-        "ReFlow": REFLOW, "AGD": AGD,
+        "seeds": list(seeds), "of_one_seed": OF_ONE_SEED, "tried": TRIED, "count": COUNT, "held_out": len(digits.held_out),
+        "guidance": GUIDANCE, "teacher": TEACHER, "LCM": LCM, "DMD2": MATCHING, "ReFlow": REFLOW, "AGD": AGD,
     }  # fmt: skip
     return result

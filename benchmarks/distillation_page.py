@@ -80,20 +80,24 @@ def digits_table(found: dict[str, Any]) -> list[str]:
     header = ("sampler", "evaluations", "Fréchet distance (range)", "of DDIM 20", "sliced W2", "read as asked", "coverage",
               "from training", "training, s", "pictures/s")  # fmt: skip
     settings, bends = found["settings"], found["straightness"]
+    single = [name for name in settings["of_one_seed"] if "," not in name]
     errors = [
         [name, *(spread([100 * value for value in found["guidance"][name][scale]], 2) for scale in ("2", "4"))]
         for name in found["guidance"]
     ]
     fall = statistics.fmean(bends["teacher"]) / statistics.fmean(bends["student"])
     return [
-        f"scikit-learn's 8x8 digits, told which digit, guidance {settings['guidance']:g} but where a row says otherwise: two passes a step, "
-        f"or one of a student. One teacher; students of seeds {', '.join(map(str, settings['seeds']))}, AGD of the first alone, each begun at its "
-        f"weights. {settings['tried']} settings were tried on another seed, one of each method. {settings['count']} samples from the same noise in every row, against 600 "
-        f"held-out pictures. Fréchet's distance is in the features of a classifier ({found['classifier_accuracy']:.1%} right on held-out "
-        f"pictures), scaled to their variance; coverage is the share of held-out pictures with a sample nearer than their fifth "
-        f"neighbour; 'from training' is the median distance to the nearest training picture, of that of held-out ones: well below 1 "
-        f"the model repeats what it has seen. Row one is the training pictures. Seconds of one core for one student, the teacher's own not "
-        f"counted in.",
+        f"scikit-learn's 8x8 digits, told which digit, guidance {settings['guidance']:g} but where a row says otherwise: two passes a step of "
+        f"the teacher, one of a student. One teacher; students of seeds {', '.join(map(str, settings['seeds']))} ({' and '.join(single)} of "
+        f"the first alone), each begun at its weights. One setting of each method was tried, on another seed "
+        f"({settings['tried']} in all). {settings['count']} samples from the same noise in every row and for every seed, so ranges tell of training alone. Row one is "
+        f"the training pictures. Seconds of one core for one student, the teacher's own not counted in.",
+        "",
+        f"* *Fréchet distance* from {settings['held_out']} held-out pictures, in the features of a classifier that knows the training pictures "
+        f"(right on {found['classifier_accuracy']:.1%} of the held-out ones), scaled to variance 1",
+        "* *read as asked*: share that the classifier reads as the digit asked for",
+        "* *coverage*: share of held-out pictures with a sample nearer than their fifth neighbour, in pixels",
+        "* *from training*: median distance to the nearest training picture, of that of held-out ones; near 0 the model repeats what it has seen",
         "",
         table(header, rows),
         "",
