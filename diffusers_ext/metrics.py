@@ -272,6 +272,52 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> torch.T
     return (moved + one.trace() + two.trace() - 2.0 * shared).clamp(min=0.0)
 
 
+def coverage(samples: torch.Tensor, reference: torch.Tensor, neighbours: int = 5) -> torch.Tensor:
+    """Share of a reference set that samples come near to (Naeem et al., 2020, arXiv 2002.09797).
+
+    A point of the reference is covered if a sample lies within its distance to its k-th nearest neighbour among the others of the
+    reference. A set that leaves modes out covers less, however good its samples are. More samples cover more, so compare only values of
+    equally many.
+
+    Args:
+        samples: (n, d), n at least 1.
+        reference: (m, d), m above `neighbours`.
+        neighbours: k, 1 or more; default that of the paper.
+
+    Returns:
+        A scalar in [0, 1]; 1 for the reference itself. Two sets of one distribution tend to 1 - 1 / 2^k where n = m.
+
+    Raises:
+        ValueError: If the shapes do not fit or `neighbours` is no count below m.
+
+    Example:
+        ```python
+        import torch
+
+        from diffusers_ext.metrics import coverage
+
+        line = torch.arange(10.0)[:, None]
+        assert coverage(line[:5], line, neighbours=1).item() == 0.6  # the first five, and the next, 1 away from the fifth
+        ```
+    """
+    _check("samples", samples)
+    _check("reference", reference)
+    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"samples {tuple(samples.shape)} and reference {tuple(reference.shape)} must be (n, d) and (m, d)"
+        )
+    if isinstance(neighbours, bool) or not isinstance(neighbours, int) or not 1 <= neighbours < len(reference):
+        raise ValueError(
+            f"neighbours={neighbours!r} is out of range; use an int from 1 to {len(reference) - 1}, below the size of reference"
+        )
+    first, second = samples.double(), reference.double()
+    # differences, not products: rounding would move points that lie on the edge of a ball
+    exact = "donot_use_mm_for_euclid_dist"
+    # the nearest of all is the point itself
+    radii = torch.cdist(second, second, compute_mode=exact).kthvalue(neighbours + 1, dim=1).values
+    return (torch.cdist(second, first, compute_mode=exact).amin(1) <= radii).double().mean()
+
+
 def _quantiles(ordered: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Values at `levels` of columns in ascending order, straight between the middles of their steps."""
     place = (levels * len(ordered) - 0.5).clamp(0, len(ordered) - 1)

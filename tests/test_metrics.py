@@ -7,6 +7,7 @@ import torch
 from diffusers_ext.metrics import (
     COCO_MEANS,
     COCO_STANDARD_DEVIATIONS,
+    coverage,
     frechet_distance,
     gmsd,
     magnitude_score,
@@ -174,3 +175,39 @@ def test_frechet_distance_refuses_sets_that_do_not_fit():
     for wrong in (torch.zeros(3, 2), torch.zeros(3, 3, 1), torch.zeros(1, 3)):
         with pytest.raises(ValueError, match="features"):
             frechet_distance(wrong, torch.zeros(4, 3))
+
+
+def test_coverage_counts_the_points_whose_ball_holds_a_sample():
+    line = torch.arange(10.0)[:, None]
+    assert coverage(line, line, 1).item() == 1.0
+    assert coverage(line[:1], line, 1).item() == pytest.approx(0.2)
+    # balls of the second neighbour: 2 at the ends, 1 inside; a sample on the edge counts
+    assert coverage(torch.tensor([[2.0], [50.0]]), line, 2).item() == pytest.approx(0.4)
+    assert coverage(torch.tensor([[2.5]]), line, 1).item() == pytest.approx(0.2)
+    assert coverage(line + 100.0, line, 5).item() == 0.0
+
+
+def test_coverage_of_two_sets_of_one_distribution_is_that_of_the_paper():
+    # a ball of the k-th neighbour holds none of n samples with probability prod_{i<k} (m - 1 - i) / (n + m - 1 - i)
+    generator = torch.Generator().manual_seed(0)
+    n = m = 1_500
+    for k in (1, 3):
+        missed = math.prod((m - 1 - i) / (n + m - 1 - i) for i in range(k))
+        sets = torch.randn(2, n, 4, generator=generator, dtype=torch.float64)
+        assert coverage(*sets, k).item() == pytest.approx(1.0 - missed, abs=0.03)
+
+
+def test_coverage_falls_with_a_mode_that_is_left_out():
+    generator = torch.Generator().manual_seed(1)
+    both = torch.randn(400, 2, generator=generator) + torch.tensor([[0.0, 0.0], [50.0, 0.0]]).repeat(200, 1)
+    assert coverage(both[::2].repeat(2, 1), both).item() == pytest.approx(0.5)
+
+
+def test_coverage_refuses_what_does_not_fit():
+    points = torch.zeros(5, 2)
+    with pytest.raises(ValueError, match=r"samples \(5, 3\) and reference \(5, 2\) must be"):
+        coverage(torch.zeros(5, 3), points)
+    with pytest.raises(ValueError, match="neighbours=5 is out of range; use an int from 1 to 4"):
+        coverage(points, points, 5)
+    with pytest.raises(ValueError, match="neighbours=True"):
+        coverage(points, points, True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from diffusers_ext.metrics import frechet_distance, gmsd, magnitude_score, psnr, sliced_wasserstein, ssim
+from diffusers_ext.metrics import coverage, frechet_distance, gmsd, magnitude_score, psnr, sliced_wasserstein, ssim
 from diffusers_ext.schedulers.adams_bashforth import ghvb_weights, stability_limit
 from diffusers_ext.sequence_metrics import jitter_ratio, power_spectrum, r_squared, seam_ratio, spectrum_error
 
@@ -92,6 +92,10 @@ FUNCTIONS_OF_NUMBERS: tuple[Function, ...] = (
         "samples": POINTS, "reference": POINTS,
         "projections": Argument(good=[1, 16], bad=[value for value in NOT_COUNTS if value not in (2**31, 10**30)]),
         "generator": Argument(good=[None, torch.Generator()], bad=[5, "x", [], object]),
+    }),
+    Function("coverage", coverage, {
+        "samples": POINTS, "reference": POINTS,
+        "neighbours": Argument(good=[1, 4], bad=[*NOT_COUNTS, 9]),
     }),
     Function("frechet_distance", frechet_distance, {"features": POINTS, "reference": POINTS}),
     Function("r_squared", r_squared, {"samples": SEQUENCES, "recording": RECORDINGS}),
