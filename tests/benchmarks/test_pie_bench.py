@@ -285,9 +285,12 @@ def test_structure_is_the_self_similarity_of_the_last_keys(networks):
     def by_hand(values: np.ndarray) -> torch.Tensor:
         scaled = (values - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
         states = distance.vit(torch.from_numpy(scaled).float().permute(2, 0, 1)[None], output_hidden_states=True)
-        # transformers has two names for them
-        layer = (distance.vit.layers if hasattr(distance.vit, "layers") else distance.vit.encoder.layer)[-1]
-        keys = layer.attention.k_proj(layer.layernorm_before(states.hidden_states[-2]))[0]
+        # transformers has had two names for the keys
+        keys_of, norm = (
+            [part for name, part in distance.vit.named_modules() if name.endswith(ends)][-1]
+            for ends in ((".k_proj", ".key"), ".layernorm_before")
+        )
+        keys = keys_of(norm(states.hidden_states[-2]))[0]
         lengths = keys.norm(dim=1)
         return keys @ keys.T / torch.outer(lengths, lengths)
 

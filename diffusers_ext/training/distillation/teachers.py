@@ -1,7 +1,7 @@
 """Teachers and students: pipelines of Stable Diffusion, and of the other `families`."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
@@ -191,7 +191,7 @@ class DistilledUNet(nn.Module):
         with self.active():
             return self.family.denoise(self.unet, sample, timesteps, words, told)
 
-    def active(self):
+    def active(self) -> AbstractContextManager[None]:
         """A context in which `unet` is the student."""
         return self.base.using(STUDENT) if self.base else nullcontext()
 
