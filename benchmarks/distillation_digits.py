@@ -407,10 +407,11 @@ def run(
         print("other pictures", floor, flush=True)
         for (name, evaluations), sampler in teacher_samplers(teacher).items():
             measure(name, evaluations, [sampler], seconds)
-        result["straightness"] = {"teacher": bend(teacher)}
-        result["guidance"] = {
-            "teacher without guidance": {f"{s:g}": [guidance_error(teacher, None, s)] for s in SCALES}
+        result.setdefault("straightness", {})["teacher"] = [bend(teacher)]
+        result.setdefault("guidance", {})["teacher without guidance"] = {
+            f"{scale:g}": [guidance_error(teacher, None, scale)] for scale in SCALES
         }
+
     makers: dict[str, Callable[[int], DigitNetwork]] = {
         "LCM": lambda seed: learn_consistency(teacher, digits, seed),
         "DMD2": lambda seed: match(teacher, seed),
