@@ -99,7 +99,7 @@ def digits_table(found: dict[str, Any]) -> list[str]:
         f"differ by up to a fifth between runs.",
         "",
         f"* *Fréchet distance* from {settings['held_out']} held-out pictures, in the features of a classifier that knows the training pictures "
-        f"(right on {found['classifier_accuracy']:.1%} of the held-out ones), scaled to variance 1",
+        f"(right on {found['classifier_accuracy']:.1%} of the held-out ones; its recipe is one of six, chosen by row one alone), scaled to variance 1",
         "* *read as asked*: share that the classifier reads as the digit asked for",
         "* *coverage*: share of held-out pictures with a sample nearer than their fifth neighbour, in pixels",
         "* *from training*: median distance to the nearest training picture, of that of held-out ones; near 0 the model repeats what it has seen",
