@@ -17,6 +17,7 @@ import diffusers
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from .card_links import local_links
 from .manifest import INDEX_NAME, MANIFEST_NAME, DamagedFileError, first_line, read_json_object, verify_manifest
 
 
@@ -36,7 +37,6 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5"
 _KINDS = {INDEX_NAME: "pipeline", "scheduler_config.json": "scheduler", "config.json": "model", "pipeline.py": "shim"}
 SAMPLER = "scheduler/scheduler_config.json"
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n(.*)", re.DOTALL)
-_TARGET = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
 
 
 class UnpublishableError(ValueError):
@@ -288,14 +288,15 @@ def _check_card(folder: Path, kind: str, files: dict[str, int], problems: list[s
     if "[More Information Needed]" in match[2] or not re.search(r"\w", re.sub(r"^#.*$", "", match[2], flags=re.M)):
         problems.append(f"{CARD_NAME} says nothing yet: write what this is, how it is called, and its limits")
     remarks = []
-    for picture, target in _TARGET.findall(re.sub(r"```.*?```", "", match[2], flags=re.DOTALL)):
-        path = target.partition("#")[0]
-        if not path or re.match(r"[a-z]+:", path) or path in files:
+    for picture, path in local_links(match[2]):
+        if path in files:
             continue
         if picture:
             problems.append(f"the picture {path} of {CARD_NAME} is not in the folder")
         else:
-            remarks.append(f"the link {path} of {CARD_NAME} leads out of the folder and is dead on the Hub")
+            remarks.append(
+                f"the link {path} of {CARD_NAME} leads out of the folder and is dead on the Hub without a source_url (--source-url)"
+            )
     return list(dict.fromkeys(remarks))
 
 

@@ -13,8 +13,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .card_links import with_source_links
 from .manifest import first_line
-from .publishable import Publishable, check_publishable
+from .publishable import CARD_NAME, Publishable, check_publishable
 
 
 # That of the client's HTTP library, whichever a release uses: a connection that fails is not an `OSError` in all of them.
@@ -59,6 +60,7 @@ def publish(
     space: bool = False,
     private: bool = False,
     prune: bool = False,
+    source_url: str | None = None,
     token: str | bool | None = None,
 ) -> Published:
     """Checks a folder and makes a Hub repository hold exactly its files.
@@ -73,6 +75,9 @@ def publish(
         private (`bool`, *optional*, defaults to `False`): Whether a repository that is created here is private.
         prune (`bool`, *optional*, defaults to `False`):
             Whether files of the repository that the folder lacks are removed in the same commit. Otherwise they are an error.
+        source_url (`str`, *optional*):
+            Address of the files of the project that the folder is from, such as `https://github.com/me/project/blob/main`. Links
+            of the card that lead out of the folder lead there in what is sent; by default they are sent as they are.
         token (`str` or `bool`, *optional*): Access token with the right to write; by default that of `hf auth login`.
 
     Returns:
@@ -80,7 +85,8 @@ def publish(
 
     Raises:
         UnpublishableError: If something is wrong with the folder.
-        ValueError: If `repo_id` is not a Hub id, or the repository has files that the folder lacks.
+        ValueError: If `repo_id` is not a Hub id, `source_url` no address or the folder in no git checkout, or the repository has
+            files that the folder lacks.
         PublishError: If the Hub refuses, cannot be reached, or somebody else changed the repository meanwhile.
 
     Example:
@@ -92,6 +98,7 @@ def publish(
     """
     check_repo_id(repo_id)
     checked = check_publishable(folder, space=space)
+    changed = {} if source_url is None else {CARD_NAME: _card(checked, source_url)}
     api = HfApi(token=token)
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": "space" if space else "model"}
     url = ""
@@ -107,7 +114,8 @@ def publish(
                 "them in the same commit, or publish under another name"
             )
         operations: list[Any] = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=checked.folder / name) for name in checked.sizes
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=changed.get(name, checked.folder / name))
+            for name in checked.sizes
         ]
         operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(strangers)]
         commit = api.create_commit(
@@ -116,7 +124,8 @@ def publish(
             commit_message=f"Publish {checked.folder.resolve().name}",
             parent_commit=before.sha,
         )
-        _check_arrived(api, where, commit.oid, checked)
+        sizes = {**checked.sizes, **{name: len(content) for name, content in changed.items()}}
+        _check_arrived(api, where, commit.oid, sizes)
     except (*_TRANSPORT, OSError) as error:
         if isinstance(error, PublishError):
             raise
@@ -124,13 +133,18 @@ def publish(
     return Published(url, commit.oid, commit.oid != before.sha)
 
 
-def _check_arrived(api: HfApi, where: dict[str, Any], commit: str, checked: Publishable) -> None:
+def _card(checked: Publishable, source_url: str) -> bytes:
+    text = (checked.folder / CARD_NAME).read_text(encoding="utf-8")
+    return with_source_links(text, checked.folder, checked.sizes, source_url).encode()
+
+
+def _check_arrived(api: HfApi, where: dict[str, Any], commit: str, sizes: dict[str, int]) -> None:
     there = {
         item.path: item.size
         for item in api.list_repo_tree(**where, revision=commit, recursive=True)
         if hasattr(item, "size")
     }
-    if wrong := {name for name, size in checked.sizes.items() if there.get(name) != size}:
+    if wrong := {name for name, size in sizes.items() if there.get(name) != size}:
         raise PublishError(f"{where['repo_id']} does not hold {_some(wrong)} as sent; publish it again")
 
 

@@ -16,14 +16,17 @@ def publish(options: argparse.Namespace) -> None:
 
     check_repo_id(options.repo_id)
     checked = check_publishable(options.folder, space=options.space)
-    for remark in checked.remarks:
+    for remark in checked.remarks if options.source_url is None else ():
         print(f"remark: {remark}", file=sys.stderr)
     if options.dry_run:
         for name, size in checked.sizes.items():
             print(f"{size:>14,}  {name}")
         print(f"{checked.total:>14,}  bytes as {checked.kind} {options.repo_id}; nothing was sent")
         return
-    done = publish(checked.folder, options.repo_id, space=options.space, private=options.private, prune=options.prune)
+    done = publish(
+        checked.folder, options.repo_id, space=options.space, private=options.private, prune=options.prune,
+        source_url=options.source_url,
+    )  # fmt: skip
     print(f"{done.url}  {'published' if done.changed else 'unchanged'} at {done.commit}")
 
 
@@ -42,6 +45,10 @@ def add(commands: Any) -> None:
     publishes.add_argument("--space", action="store_true", help="it is a Gradio Space")
     publishes.add_argument("--private", action="store_true", help="make it private if it is created")
     publishes.add_argument("--prune", action="store_true", help="remove files of the repository that FOLDER lacks")
+    publishes.add_argument(
+        "--source-url", metavar="URL",
+        help="where links of the card that lead out of FOLDER shall lead, such as https://github.com/me/project/blob/main",
+    )  # fmt: skip
     publishes.add_argument("--dry-run", action="store_true", help="only check, and list what would be sent")
     publishes.add_argument("--debug", action="store_true", help="show the trace of an error")
     publishes.set_defaults(run=publish)

@@ -245,3 +245,20 @@ def test_a_folder_that_is_not_fit_never_reaches_the_hub(
     code, _, errors = publish(folder, "user/unfit")
     assert code == 2 and "may be a pickle" in errors
     assert len(loopback_hub.requests) == asked
+
+
+def test_links_of_the_card_lead_to_the_project_if_its_address_is_given(
+    loopback_hub: LoopbackHub, publish: Command, small: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".git").mkdir()
+    card = CARD + "\nSee [the page](../docs/page.md).\n"
+    (small / "README.md").write_text(card)
+    code, _, errors = publish(small, "user/linked")
+    assert code == 0 and "the link ../docs/page.md of README.md leads out of the folder" in errors
+    assert sent(loopback_hub, "user/linked")["README.md"].decode() == card
+    url = "https://example.org/me/project/blob/main"
+    code, said, errors = publish(small, "user/linked", "--source-url", url)
+    assert code == 0 and "published at" in said and "remark" not in errors
+    assert sent(loopback_hub, "user/linked")["README.md"].decode() == card.replace("../docs", f"{url}/docs")
+    assert (small / "README.md").read_text() == card
+    assert "unchanged at" in publish(small, "user/linked", "--source-url", url)[1]
