@@ -69,6 +69,7 @@ def rows() -> list[Row]:
     found = [Row("emoji-scenes-64, its sampler", DIFFUSION, 20)]
     found += [Row("emoji-scenes-64, DPM++ 2M", DIFFUSION, n, solver=second) for n in (2, 4)]
     found += [Row("emoji-scenes-64, UniPC", DIFFUSION, n, solver=unipc) for n in (2, 4)]
+    found += [Row("emoji-scenes-agd", DIFFUSION, 20, student=PIPELINES / "emoji-scenes-agd", passes=1)]
     found += [Row("emoji-scenes-flow, Euler", FLOW, n) for n in (1, 2, 4, 20)]
     found += [Row("emoji-scenes-flow, DPM++ 2M", FLOW, n, solver=second) for n in (2, 4)]
     found += [Row("emoji-scenes-flow, UniPC", FLOW, n, solver=unipc) for n in (2, 4)]

@@ -18,7 +18,7 @@ TOY = {
 }  # fmt: skip
 DEMO = {
     "emoji-scenes-flow, Euler": "#888888", "emoji-scenes-flow, DPM++ 2M": "#33bbee", "emoji-scenes-flow, UniPC": "#0077bb",
-    "emoji-scenes-64, DPM++ 2M": "#bbbb44", "emoji-scenes-reflow": "#009988",
+    "emoji-scenes-64, DPM++ 2M": "#bbbb44", "emoji-scenes-agd": "#aa3377", "emoji-scenes-reflow": "#009988",
 }  # fmt: skip
 DIGITS_BASE = "teacher, DDIM, 40"
 DIGITS = {

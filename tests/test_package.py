@@ -104,7 +104,7 @@ def test_register_is_opt_in_idempotent_and_never_overwrites():
 
 def test_imports_inside_the_library_never_point_up():
     layers = {
-        "atomic": 0, "imaging": 0, "metrics": 0, "data": 0, "schedulers": 0, "models": 0, "sheets": 0, "manifest": 1,
+        "atomic": 0, "imaging": 0, "metrics": 0, "data": 0, "schedulers": 0, "models": 0, "sheets": 0, "card_links": 0, "manifest": 1,
         "integrity": 2, "reports": 3, "attention": 3, "training": 4, "inversion": 4, "guidance": 4, "steering": 4,
         "pipelines": 5, "hub": 6, "steering_tasks": 7, "publishable": 2, "publishing": 3,
         "students": 7, "serving": 7, "demos": 7, "batching": 8, "commands": 9,
