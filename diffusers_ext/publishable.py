@@ -8,7 +8,7 @@ import ast
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +17,7 @@ import diffusers
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from .card_links import local_links
+from .card_links import local_links, with_source_links
 from .manifest import INDEX_NAME, MANIFEST_NAME, DamagedFileError, first_line, read_json_object, verify_manifest
 
 
@@ -55,13 +55,15 @@ class Publishable:
         folder (`pathlib.Path`): The folder.
         kind (`str`): `"pipeline"`, `"model"`, `"scheduler"`, `"shim"` (a `pipeline.py` for `custom_pipeline=`) or `"space"`.
         sizes (`dict[str, int]`): Bytes of each file, by its path in the repository.
-        remarks (`tuple[str, ...]`): What works but could be better, one sentence each.
+        remarks (`tuple[str, ...]`): What works but could be better, one sentence each; all are about links of the card.
+        replaced (`dict[str, bytes]`): What is sent instead of a file of the folder.
     """
 
     folder: Path
     kind: str
     sizes: dict[str, int]
     remarks: tuple[str, ...] = ()
+    replaced: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -69,7 +71,9 @@ class Publishable:
         return sum(self.sizes.values())
 
 
-def check_publishable(folder: str | os.PathLike[str], *, space: bool = False) -> Publishable:
+def check_publishable(
+    folder: str | os.PathLike[str], *, space: bool = False, source_url: str | None = None
+) -> Publishable:
     """Checks a folder that shall become a Hub repository, and finds everything that is wrong with it at once.
 
     The card must have front matter with a licence and say something; its pictures must be there. Weights must be whole
@@ -80,13 +84,16 @@ def check_publishable(folder: str | os.PathLike[str], *, space: bool = False) ->
     Args:
         folder (`str` or `os.PathLike`): The folder.
         space (`bool`, *optional*, defaults to `False`): Whether it is a Gradio Space.
+        source_url (`str`, *optional*):
+            Address of the files of the project that the folder is from, such as `https://github.com/me/project/blob/main`. Links
+            of the card that lead out of the folder lead there in what is sent; by default they are sent as they are.
 
     Returns:
         [`Publishable`]: The files, and what could be better.
 
     Raises:
         UnpublishableError: If anything is wrong; the message says all of it.
-        ValueError: If it is not a folder.
+        ValueError: If it is not a folder, or `source_url` no address or the folder in no git checkout.
 
     Example:
         ```python
@@ -114,7 +121,12 @@ def check_publishable(folder: str | os.PathLike[str], *, space: bool = False) ->
     _check_files(folder, files, allowed, problems)
     if problems:
         raise UnpublishableError(folder, problems)
-    return Publishable(folder, kind, dict(sorted(files.items())), tuple(remarks))
+    sizes = dict(sorted(files.items()))
+    if source_url is None:
+        return Publishable(folder, kind, sizes, tuple(remarks))
+    text = (folder / CARD_NAME).read_text(encoding="utf-8")
+    card = with_source_links(text, folder, files, source_url).encode()
+    return Publishable(folder, kind, {**sizes, CARD_NAME: len(card)}, replaced={CARD_NAME: card})
 
 
 def _files(folder: Path, problems: list[str]) -> Iterator[tuple[str, int]]:

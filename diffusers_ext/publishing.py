@@ -13,9 +13,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .card_links import with_source_links
 from .manifest import first_line
-from .publishable import CARD_NAME, Publishable, check_publishable
+from .publishable import Publishable, check_publishable
 
 
 # That of the client's HTTP library, whichever a release uses: a connection that fails is not an `OSError` in all of them.
@@ -76,8 +75,7 @@ def publish(
         prune (`bool`, *optional*, defaults to `False`):
             Whether files of the repository that the folder lacks are removed in the same commit. Otherwise they are an error.
         source_url (`str`, *optional*):
-            Address of the files of the project that the folder is from, such as `https://github.com/me/project/blob/main`. Links
-            of the card that lead out of the folder lead there in what is sent; by default they are sent as they are.
+            As in [`check_publishable`]: where links of the card that lead out of the folder shall lead.
         token (`str` or `bool`, *optional*): Access token with the right to write; by default that of `hf auth login`.
 
     Returns:
@@ -97,8 +95,7 @@ def publish(
         ```
     """
     check_repo_id(repo_id)
-    checked = check_publishable(folder, space=space)
-    changed = {} if source_url is None else {CARD_NAME: _card(checked, source_url)}
+    checked = check_publishable(folder, space=space, source_url=source_url)
     api = HfApi(token=token)
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": "space" if space else "model"}
     url = ""
@@ -114,7 +111,7 @@ def publish(
                 "them in the same commit, or publish under another name"
             )
         operations: list[Any] = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=changed.get(name, checked.folder / name))
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=checked.replaced.get(name, checked.folder / name))
             for name in checked.sizes
         ]
         operations += [CommitOperationDelete(path_in_repo=name) for name in sorted(strangers)]
@@ -124,8 +121,7 @@ def publish(
             commit_message=f"Publish {checked.folder.resolve().name}",
             parent_commit=before.sha,
         )
-        sizes = {**checked.sizes, **{name: len(content) for name, content in changed.items()}}
-        _check_arrived(api, where, commit.oid, sizes)
+        _check_arrived(api, where, commit.oid, checked)
     except (*_TRANSPORT, OSError) as error:
         if isinstance(error, PublishError):
             raise
@@ -133,18 +129,13 @@ def publish(
     return Published(url, commit.oid, commit.oid != before.sha)
 
 
-def _card(checked: Publishable, source_url: str) -> bytes:
-    text = (checked.folder / CARD_NAME).read_text(encoding="utf-8")
-    return with_source_links(text, checked.folder, checked.sizes, source_url).encode()
-
-
-def _check_arrived(api: HfApi, where: dict[str, Any], commit: str, sizes: dict[str, int]) -> None:
+def _check_arrived(api: HfApi, where: dict[str, Any], commit: str, checked: Publishable) -> None:
     there = {
         item.path: item.size
         for item in api.list_repo_tree(**where, revision=commit, recursive=True)
         if hasattr(item, "size")
     }
-    if wrong := {name for name, size in sizes.items() if there.get(name) != size}:
+    if wrong := {name for name, size in checked.sizes.items() if there.get(name) != size}:
         raise PublishError(f"{where['repo_id']} does not hold {_some(wrong)} as sent; publish it again")
 
 

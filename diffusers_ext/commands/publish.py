@@ -15,8 +15,8 @@ def publish(options: argparse.Namespace) -> None:
     from ..publishing import check_repo_id, publish
 
     check_repo_id(options.repo_id)
-    checked = check_publishable(options.folder, space=options.space)
-    for remark in checked.remarks if options.source_url is None else ():
+    checked = check_publishable(options.folder, space=options.space, source_url=options.source_url)
+    for remark in checked.remarks:
         print(f"remark: {remark}", file=sys.stderr)
     if options.dry_run:
         for name, size in checked.sizes.items():

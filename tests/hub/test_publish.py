@@ -262,3 +262,5 @@ def test_links_of_the_card_lead_to_the_project_if_its_address_is_given(
     assert sent(loopback_hub, "user/linked")["README.md"].decode() == card.replace("../docs", f"{url}/docs")
     assert (small / "README.md").read_text() == card
     assert "unchanged at" in publish(small, "user/linked", "--source-url", url)[1]
+    code, _, errors = publish(small, "user/linked", "--dry-run", "--source-url", "example")
+    assert code == 2 and "source_url='example' is no address" in errors
