@@ -77,6 +77,23 @@ def write_json(content: dict[str, Any], path: str | os.PathLike[str]) -> Path:
     return atomic_write(path, data)
 
 
+def write_sheet(sheet: Image.Image, picture: Path, file: Path, **facts: Any) -> dict[str, Any]:
+    """Writes a sheet of pictures and the report beside it.
+
+    Args:
+        sheet (`PIL.Image.Image`): The sheet.
+        picture (`pathlib.Path`): Where to.
+        file (`pathlib.Path`): Where the report goes, a JSON file.
+        facts: Its content, between the sheet's path and the versions.
+
+    Returns:
+        `dict`: The report.
+    """
+    report = {"sheet": str(save_image(sheet, picture)), **facts, "versions": versions()}
+    write_json(report, file)
+    return report
+
+
 def versions() -> dict[str, str]:
     """The versions a result depends on besides its settings: of this package, diffusers, torch and Python."""
     return {

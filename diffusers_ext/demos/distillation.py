@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from ..hub import FLOW_MODEL_NAME, load_pipeline, native_size, resolve_model
-from ..reports import check_output_folder, save_image, versions, write_json
+from ..reports import check_output_folder, write_sheet
 from ..sheets import Tile, contact_sheet
 from ..students import CONFIG_NAME, STUDENT_MODEL_NAME, with_student
 
@@ -108,15 +108,14 @@ def run_distillation_demo(
     sheet = contact_sheet(
         rows, title="The same in fewer steps", subtitle=subtitle, columns=[words for *_, words in columns]
     )
-    result = {
-        "sheet": str(save_image(sheet, folder / "distillation.png")),
-        "model": resolved,
-        "student": learned,
-        "device": str(teacher.device),
-        "columns": reports,
-        "seconds": round(sum(report["seconds_a_picture"] for report in reports) * len(prompts), 3),
-        "network_evaluations": sum(report["network_evaluations_a_picture"] for report in reports) * len(prompts),
-        "versions": versions(),
-    }
-    write_json(result, folder / "distillation.json")
-    return result
+    return write_sheet(
+        sheet,
+        folder / "distillation.png",
+        folder / "distillation.json",
+        model=resolved,
+        student=learned,
+        device=str(teacher.device),
+        columns=reports,
+        seconds=round(sum(report["seconds_a_picture"] for report in reports) * len(prompts), 3),
+        network_evaluations=sum(report["network_evaluations_a_picture"] for report in reports) * len(prompts),
+    )

@@ -19,7 +19,7 @@ from ..data import DEMO_OBJECTS, EmojiScenes, Scenes
 from ..hub import load_pipeline, native_size, resolve_model
 from ..imaging import to_pil, to_tensor
 from ..metrics import psnr
-from ..reports import check_output_folder, save_image, versions, write_json
+from ..reports import check_output_folder, save_image, write_sheet
 from ..sheets import Tile, contact_sheet
 
 
@@ -112,18 +112,17 @@ def run_demo(
         "Each source is drawn, inverted once, and edited three times; the words that differ are coloured."
     )
     sheet = contact_sheet(rows, title="Pictures edited by words", subtitle=subtitle, columns=COLUMNS, notes=notes)
-    result = {
-        "sheet": str(save_image(sheet, folder / "sheet.png")),
-        "model": resolved,
-        "steps": steps,
-        "device": str(pipe.device),
-        "seconds": round(seconds, 3),
-        "network_evaluations": evaluations,
-        "scenes": reports,
-        "versions": versions(),
-    }
-    write_json(result, folder / "demo.json")
-    return result
+    return write_sheet(
+        sheet,
+        folder / "sheet.png",
+        folder / "demo.json",
+        model=resolved,
+        steps=steps,
+        device=str(pipe.device),
+        seconds=round(seconds, 3),
+        network_evaluations=evaluations,
+        scenes=reports,
+    )
 
 
 def describe(world: EmojiScenes, scene: DemoScene) -> tuple[Scenes, Scenes]:

@@ -21,7 +21,7 @@ from ..data.photographs import packaged_crops
 from ..hub import RESTORATION_MODEL_NAME, load_pipeline, resolve_model
 from ..imaging import to_pil, to_tensor
 from ..metrics import psnr
-from ..reports import check_output_folder, save_image, versions, write_json
+from ..reports import check_output_folder, write_sheet
 from ..schedulers import MRScheduler
 from ..sheets import Tile, contact_sheet
 
@@ -132,17 +132,16 @@ def run_restoration_demo(
         "PSNR to the clean picture."
     )
     sheet = contact_sheet(rows, title="Pictures restored", subtitle=subtitle, columns=columns, notes=notes)
-    report = {
-        "sheet": str(save_image(sheet, folder / "restoration.png")),
-        "model": resolved,
-        "device": str(pipe.device),
-        "pictures": reports,
-        "seconds": round(sum(row["seconds"] for row in reports), 3),
-        "network_evaluations": sum(row["network_evaluations"] for row in reports),
-        "versions": versions(),
-    }
-    write_json(report, folder / "restoration.json")
-    return report
+    return write_sheet(
+        sheet,
+        folder / "restoration.png",
+        folder / "restoration.json",
+        model=resolved,
+        device=str(pipe.device),
+        pictures=reports,
+        seconds=round(sum(row["seconds"] for row in reports), 3),
+        network_evaluations=sum(row["network_evaluations"] for row in reports),
+    )
 
 
 def _clean(name: str) -> torch.Tensor:

@@ -21,7 +21,7 @@ from ..data import DEMO_OBJECTS, EmojiScenes, Scenes
 from ..hub import FLOW_MODEL_NAME, load_pipeline, native_size, resolve_model
 from ..imaging import to_pil, to_tensor
 from ..metrics import psnr
-from ..reports import check_output_folder, save_image, versions, write_json
+from ..reports import check_output_folder, write_sheet
 from ..sheets import PAPER, Tile, contact_sheet
 from ..steering import GaussianBlur, SuperResolution
 from ..steering_tasks import EDIT_GUIDANCE_SCALE, GUIDANCE_SCALE, task_arguments
@@ -135,18 +135,17 @@ def run_steering_demo(
         "PSNR to that picture. The model was not trained on any of the scenes."
     )
     sheet = contact_sheet(rows, title="A flow steered to pictures", subtitle=subtitle, columns=COLUMNS, notes=notes)
-    report = {
-        "sheet": str(save_image(sheet, folder / "steering.png")),
-        "model": resolved,
-        "steps": steps,
-        "device": str(pipe.device),
-        "pictures": reports,
-        "seconds": round(sum(row["seconds"] for row in reports), 3),
-        "network_evaluations": sum(row["network_evaluations"] for row in reports),
-        "versions": versions(),
-    }
-    write_json(report, folder / "steering.json")
-    return report
+    return write_sheet(
+        sheet,
+        folder / "steering.png",
+        folder / "steering.json",
+        model=resolved,
+        steps=steps,
+        device=str(pipe.device),
+        pictures=reports,
+        seconds=round(sum(row["seconds"] for row in reports), 3),
+        network_evaluations=sum(row["network_evaluations"] for row in reports),
+    )
 
 
 def _problem(
