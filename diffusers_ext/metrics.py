@@ -254,12 +254,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> torch.T
         assert abs(frechet_distance(a, a + 2).item() - 12) < 1e-6
         ```
     """
-    _check("features", features)
-    _check("reference", reference)
-    if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
-        raise ValueError(
-            f"features {tuple(features.shape)} and reference {tuple(reference.shape)} must be (n, d) and (m, d)"
-        )
+    _check_sets("features", features, reference)
     if min(len(features), len(reference)) < 2:
         raise ValueError("features and reference need 2 samples or more each, one has no covariance")
     first, second = features.double(), reference.double()
@@ -300,12 +295,7 @@ def coverage(samples: torch.Tensor, reference: torch.Tensor, neighbours: int = 5
         assert coverage(line[:5], line, neighbours=1).item() == 0.6  # the first five, and the next, 1 away from the fifth
         ```
     """
-    _check("samples", samples)
-    _check("reference", reference)
-    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
-        raise ValueError(
-            f"samples {tuple(samples.shape)} and reference {tuple(reference.shape)} must be (n, d) and (m, d)"
-        )
+    _check_sets("samples", samples, reference)
     if isinstance(neighbours, bool) or not isinstance(neighbours, int) or not 1 <= neighbours < len(reference):
         raise ValueError(
             f"neighbours={neighbours!r} is out of range; use an int from 1 to {len(reference) - 1}, below the size of reference"
@@ -338,6 +328,15 @@ def _same_shape(images: torch.Tensor, reference: torch.Tensor, mask: torch.Tenso
         n, _, height, width = images.shape
         if mask.shape != (n, 1, height, width):
             raise ValueError(f"mask of shape {tuple(mask.shape)} does not fit; give {(n, 1, height, width)}")
+
+
+def _check_sets(name: str, values: torch.Tensor, reference: torch.Tensor) -> None:
+    _check(name, values)
+    _check("reference", reference)
+    if values.ndim != 2 or reference.ndim != 2 or values.shape[1] != reference.shape[1]:
+        raise ValueError(
+            f"{name} {tuple(values.shape)} and reference {tuple(reference.shape)} must be (n, d) and (m, d)"
+        )
 
 
 def _check(name: str, value: torch.Tensor) -> None:

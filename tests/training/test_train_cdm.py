@@ -1,4 +1,3 @@
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,12 +119,14 @@ class LinearNetworks:
 
 
 class LinearTeacher:
+    reads_guidance = False
+
     def __init__(self, teacher: Teacher, conditional: float, unconditional: float):
         self.schedule, self.pipeline, self.family = teacher.schedule, teacher.pipeline, teacher.family
         self.scales = conditional, unconditional
 
-    def unet(self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor) -> Namespace:
-        return Namespace(sample=self.scales[0] * sample)
+    def denoise(self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return self.scales[0] * sample
 
     def predictions(self, sample: torch.Tensor, timesteps: torch.Tensor, words: torch.Tensor):
         return self.scales[0] * sample, self.scales[1] * sample

@@ -19,6 +19,7 @@ from ..data import Source
 from ..latents import digest_name, read_kept
 from ..parts import make_in_parts
 from ..streams import epoch_rows, stream
+from .families.unets import own_settings
 from .pgraft import accepted, best_of
 from .rewards import Reward
 from .teachers import Teacher
@@ -111,7 +112,7 @@ class AcceptedSamples:
             "tokens": teacher.tokens([*self.prompts[:1], ""]).tolist(),
             "shape": self.shape,
             "scheduler": type(scheduler).__name__,
-            "config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+            "config": own_settings(scheduler),
         }
         parts = (teacher.unet, teacher.pipeline.text_encoder, teacher.pipeline.vae)
         self.file = Path(args.output_dir) / digest_name("accepted", settings, *parts, *reward.models)

@@ -22,6 +22,7 @@ from ..latents import digest_name, read_kept
 from ..objectives import stratified_uniform
 from ..streams import stream
 from .checks import check_levels, check_range
+from .families.unets import own_settings
 from .guidance import guided_trajectory
 from .teachers import DistilledUNet, Teacher, with_guidance_input
 
@@ -202,7 +203,7 @@ def make_points(args: Namespace, teacher: Teacher, source: Source, accelerator: 
         "input_ids": input_ids.tolist(), "empty": teacher.tokens([""]).tolist(), "scale": scale.tolist(),
         "seed": args.seed, "steps": args.trajectory_steps, "latent_shape": latent_shape,
         "scheduler": type(scheduler).__name__,
-        "config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+        "config": own_settings(scheduler),
     }  # fmt: skip
     name = digest_name("guided", settings, teacher.unet, *teacher.text_encoders)
     return GuidedPoints(

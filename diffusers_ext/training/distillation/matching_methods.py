@@ -197,12 +197,11 @@ class ContinuousMatching:
         check_range("guidance_scale", guidance_scale, 1.0)
         check_range("longest_schedule", longest_schedule, 1)
         self.scheduler = euler_scheduler(teacher)
-        self.denoise = teacher.family.denoise
         levels, timesteps = solver_levels(self.scheduler, num_denoising_steps, teacher.family)
         self.timesteps = timesteps.tolist()
         self.first, self.inner = float(levels[0]), covering_range(levels)
         self.teacher, self.seed, self.longest = teacher, seed, longest_schedule
-        self.alpha = 0.0 if teacher.family.reads_guidance(teacher.unet) else guidance_scale - 1.0
+        self.alpha = 0.0 if teacher.reads_guidance else guidance_scale - 1.0
 
     def draws(self, shape: tuple[int, ...], step: int) -> tuple[torch.Tensor, ...]:
         """Levels (n, K + 1) of the walks, the step of each that is trained, their starts, and for the terms noise
@@ -303,7 +302,7 @@ class ContinuousMatching:
     ) -> torch.Tensor:
         noisy, timesteps = self._noised(clean, noise, sigma)
         with torch.no_grad():
-            real = self.denoise(self.teacher.unet, noisy, timesteps, words).float()
+            real = self.teacher.denoise(noisy, timesteps, words).float()
             fake, _ = networks.judge(noisy, timesteps, words)
         real, fake = (self.teacher.schedule.clean(velocity, noisy, timesteps) for velocity in (real, fake))
         return direction_loss(clean, matching_direction(clean, real, fake))
